@@ -1,0 +1,267 @@
+"""From a checkpoint to a package. This is the story; read it top-down.
+
+python -m export.convert demo
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import platform
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+import runtime
+from runtime.command_line import CommandLineParser, print_json, run_command
+from runtime.errors import DeviceError
+from runtime.package import (
+    MANIFEST,
+    MODEL_FILES,
+    WEIGHTS_SUFFIX,
+    FileEntry,
+    Manifest,
+    Needs,
+    Precision,
+    Source,
+    file_entry,
+    open_package,
+    write_manifest,
+)
+from runtime.text_generator import TextGenerator
+
+from .checkpoint import Checkpoint, read_checkpoint
+from .client_files import write_client_files, write_license, write_model_card
+from .fingerprint import FingerprintedTensors
+from .graph import ATTENTION, OPSET, build_graph
+from .onnx_builder import WeightsFile
+from .publish import staged
+from .resolve import find_checkpoint
+from .tokenizer_files import build_tokenizer, write_tokenizer
+from .verification import PROMPTS, Verification, check, verify_decoder
+
+OLDEST_ONNXRUNTIME = "1.32.0"
+"""The oldest version that the graph was run on."""
+
+INT8_FEATURES = ("avx512_vnni", "avx_vnni", "asimddp")
+"""Linux's names of processor features, any of which multiplies uint8 by int8 without saturating at 16 bits."""
+
+Progress = Callable[[str, int, int], None]
+"""(what is done, steps done, steps in all)"""
+
+
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """What a conversion made."""
+
+    package: Path
+    manifest: Manifest
+    verification: Verification
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """The result for `--json`."""
+        return {
+            "package": str(self.package),
+            "precision": self.manifest.precision,
+            "bytes": sum(entry.bytes for entry in self.manifest.files.values()),
+            "parameters": self.manifest.config.parameter_count,
+            "fingerprint": self.manifest.source.fingerprint,
+            "quality": self.verification.quality(),
+            "seconds": round(self.seconds, 2),
+        }
+
+
+def convert(
+    folder: Path,
+    output: Path,
+    *,
+    precision: Precision = "int8",
+    force: bool = False,
+    allow_loss: bool = False,
+    progress: Progress | None = None,
+) -> Conversion:
+    """Turn a checkpoint into a package that was verified, or leave everything as it was.
+
+    Args:
+        folder: the checkpoint.
+        output: the package's place.
+        precision: "fp32" or "int8".
+        force: replace a package that is there.
+        allow_loss: publish even if quantization cost more than the bar allows.
+        progress: called as the work goes on.
+    Raises:
+        CheckpointError, TokenizerError: the checkpoint is damaged, or not supported.
+        PackageError: the output exists.
+        VerificationError: the package is not the model.
+        OSError: the disk is full or cannot be written.
+    """
+    started = time.perf_counter()
+    progress = progress or (lambda _what, _done, _steps: None)
+    checkpoint = read_checkpoint(folder)
+    tokenizer = build_tokenizer(folder, n_vocab=checkpoint.config.n_vocab)
+    with staged(output, force=force) as staging:
+        weights_entry, fingerprint = _write_model(staging, checkpoint, precision, progress)
+        write_tokenizer(tokenizer, staging, checkpoint.config.n_ctx)
+        write_client_files(staging, checkpoint.config, precision)
+        write_license(staging, folder)
+        manifest = _describe(staging, checkpoint, precision, fingerprint, weights_entry)
+        write_manifest(staging, manifest)
+
+        verification = _verify(staging, checkpoint, precision, progress)
+        check(verification, precision, allow_loss=allow_loss)
+
+        manifest = replace(manifest, quality=verification.quality(), golden=verification.golden)
+        write_model_card(staging, manifest)
+        manifest = replace(manifest, files=_file_entries(staging, precision, weights_entry))
+        write_manifest(staging, manifest)
+        open_package(staging)
+    return Conversion(output, manifest, verification, time.perf_counter() - started)
+
+
+def _write_model(
+    staging: Path, checkpoint: Checkpoint, precision: Precision, progress: Progress
+) -> tuple[FileEntry, str]:
+    """Write graph and weights, one tensor in memory at a time; the weights file's entry, the source's fingerprint."""
+    model_path = staging / MODEL_FILES[precision]
+    model_path.parent.mkdir()
+    tensors = FingerprintedTensors(
+        checkpoint.tensors, lambda done: progress("weights", done, checkpoint.config.parameter_count)
+    )
+    location = model_path.name + WEIGHTS_SUFFIX
+    with (model_path.parent / location).open("wb") as file:
+        weights = WeightsFile(file, location)
+        model = build_graph(checkpoint.config, tensors, precision, weights)
+    model_path.write_bytes(model.SerializeToString(deterministic=True))
+    return weights.entry(), tensors.fingerprint()
+
+
+def _describe(
+    staging: Path, checkpoint: Checkpoint, precision: Precision, fingerprint: str, weights_entry: FileEntry
+) -> Manifest:
+    tools = ("numpy", "onnx", "onnxruntime", "tokenizers")
+    return Manifest(
+        config=checkpoint.config,
+        precision=precision,
+        device="cpu",
+        attention=ATTENTION,
+        opset=OPSET,
+        needs=Needs(onnxruntime=OLDEST_ONNXRUNTIME, processor=INT8_FEATURES if precision == "int8" else ()),
+        source=Source(name=checkpoint.folder.resolve().name, layout=checkpoint.layout, fingerprint=fingerprint),
+        tools={"gpt2-edge": runtime.__version__, "python": platform.python_version()}
+        | {name: version(name) for name in tools},
+        files=_file_entries(staging, precision, weights_entry),
+    )
+
+
+def _file_entries(staging: Path, precision: Precision, weights_entry: FileEntry) -> dict[str, FileEntry]:
+    """Every file but the manifest; the weights were hashed as they were written."""
+    weights = MODEL_FILES[precision] + WEIGHTS_SUFFIX
+    names = sorted(path.relative_to(staging).as_posix() for path in staging.rglob("*") if path.is_file())
+    return {
+        name: weights_entry if name == weights else file_entry(staging / name) for name in names if name != MANIFEST
+    }
+
+
+def _verify(staging: Path, checkpoint: Checkpoint, precision: Precision, progress: Progress) -> Verification:
+    """Open the package with the real runtime and hold it against the oracle."""
+    generator = TextGenerator.load(staging)
+    steps, total = itertools.count(1), len(PROMPTS) + checkpoint.config.n_layer + 1
+    return verify_decoder(
+        generator.decoder,
+        generator.tokenizer,
+        checkpoint.tensors,
+        precision,
+        progress=lambda _line: progress("verification", next(steps), total),
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; see `--help`."""
+    return run_command(lambda: _convert(_parse(argv)))
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = CommandLineParser(
+        prog="python -m export.convert",
+        description="Turn a GPT-2 checkpoint into a verified ONNX package.",
+    )
+    parser.add_argument("checkpoint", help="a folder, or a name under the models folder")
+    parser.add_argument("--precision", choices=list(MODEL_FILES), default="int8")
+    parser.add_argument("--device", choices=["cpu", "cuda", "tensorrt"], default="cpu")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="default: packages/<name>-<precision>")
+    parser.add_argument("--models-dir", type=Path, default=Path("models"), metavar="DIR", help="default: models")
+    parser.add_argument("--force", action="store_true", help="replace the package that is there")
+    parser.add_argument("--allow-loss", action="store_true", help="publish even if int8 costs more than the bar allows")
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout, nothing else")
+    return parser.parse_args(argv)
+
+
+def _convert(options: argparse.Namespace) -> int:
+    if options.device != "cpu":
+        raise DeviceError(
+            f"--device {options.device}: this version makes packages for the CPU only; leave --device out"
+        )
+    folder = find_checkpoint(options.checkpoint, options.models_dir)
+    output = options.output or Path("packages") / f"{folder.resolve().name}-{options.precision}"
+    with _Bar() as bar:
+        conversion = convert(
+            folder,
+            output,
+            precision=options.precision,
+            force=options.force,
+            allow_loss=options.allow_loss,
+            progress=bar.show,
+        )
+    if options.json:
+        print_json(conversion.to_dict())
+    else:
+        _print(conversion)
+    return 0
+
+
+def _print(conversion: Conversion) -> None:
+    result, verification = conversion.to_dict(), conversion.verification
+    print(f"{conversion.package}: {result['bytes'] / 1e6:,.1f} MB in {conversion.seconds:.1f} s")
+    print(
+        f"against the float32 reference over {verification.tokens} tokens: KL {verification.kl:.2g} nats a token, "
+        f"same most probable token {verification.top1:.1%}, logits off by at most {verification.largest_difference:.2g}"
+    )
+    print(f'try: python -m runtime.generate {conversion.package} "Once upon a time"')
+
+
+class _Bar:
+    """The bar on stderr, one for each kind of work; none where stderr is no terminal."""
+
+    def __init__(self) -> None:
+        self._bar: tqdm[Any] | None = None
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def show(self, what: str, done: int, total: int) -> None:
+        if self._bar is None or self._bar.desc != what:
+            self.__exit__()
+            self._bar = tqdm(
+                desc=what,
+                total=total,
+                unit_scale=True,
+                disable=None,
+                bar_format="{desc} {percentage:3.0f}% {bar} {elapsed}",
+            )
+            self._bar.desc = what
+        self._bar.update(done - self._bar.n)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,204 @@
+"""GPT-2 as an ONNX graph, written node by node from the weights: no tracing, no torch.
+
+One graph serves a single sequence, left-padded and right-padded batches, pieces of a prompt, and rows of different
+lengths in a cache buffer that is longer than what it holds. The weights are taken from the checkpoint in the order in
+which the graph uses them, and are on disk before the next is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto
+
+from runtime.config import GPT2Config
+from runtime.package import (
+    ATTENTION_MASK,
+    CACHE_KINDS,
+    INPUT_IDS,
+    LOGITS,
+    NUM_LOGITS_TO_KEEP,
+    POSITION_IDS,
+    Precision,
+    past_name,
+    present_name,
+)
+
+from .onnx_builder import MICROSOFT, GraphBuilder, WeightsFile
+from .products import PRODUCTS
+
+OPSET = 21
+IR_VERSION = 10
+ATTENTION = "GroupQueryAttention"
+
+MASKED_SCORE = -1e9
+"""Added to the score of a key that the mask hides. Finite: a row of padding alone stays finite, and spreads no NaN."""
+
+BATCH, NEW, PAST = "batch_size", "sequence_length", "past_sequence_length"
+TOTAL = f"{PAST} + {NEW}"
+"""Axis names that other clients read: transformers.js takes a batch axis of any other name as empty."""
+
+
+@dataclass(frozen=True, slots=True)
+class _AttentionInputs:
+    """What every layer's attention is told about the mask."""
+
+    last_key: str  # [B] int32, index of a row's last key
+    total_length: str  # scalar int32, P + S
+    bias: str  # [B, 1, S, P + S] float32
+
+
+def build_graph(
+    config: GPT2Config, tensors: Mapping[str, NDArray[np.float32]], precision: Precision, weights: WeightsFile
+) -> onnx.ModelProto:
+    """Build the graph and stream its weights to disk.
+
+    Args:
+        config: the model's numbers.
+        tensors: canonical name -> float32 array, as `export.checkpoint` reads them. Each is looked up once, and not
+            kept.
+        precision: "fp32", or "int8" (see `export.products`).
+        weights: receives the weights.
+    Returns:
+        The model, which names `weights` as its external data.
+    Raises:
+        CheckpointError: a tensor turns out damaged when it is read.
+    """
+    return _GraphWriter(config, tensors, precision, weights).write()
+
+
+class _GraphWriter:
+    """The graph so far. Each method appends a part and returns the name of its result."""
+
+    def __init__(
+        self, config: GPT2Config, tensors: Mapping[str, NDArray[np.float32]], precision: Precision, weights: WeightsFile
+    ) -> None:
+        self._config = config
+        self._tensors = tensors
+        self._products = PRODUCTS[precision]
+        self._graph = GraphBuilder(weights)
+
+    def write(self) -> onnx.ModelProto:
+        graph, config = self._graph, self._config
+        self._declare_inputs()
+        mask = self._read_mask()
+        table = self._products.token_table(graph, "wte.weight", self._tensors["wte.weight"])
+        rows = table.embed(graph, INPUT_IDS)
+        positions = graph.node("Gather", [self._weight("wpe.weight"), POSITION_IDS], "wpe.weight/rows")
+        hidden = graph.node("Add", [rows, positions], "embedding")  # [B, S, D]
+        for layer in range(config.n_layer):
+            hidden = graph.node("Add", [hidden, self._attention(layer, hidden, mask)], f"h.{layer}/attn/residual")
+            hidden = graph.node("Add", [hidden, self._mlp(layer, hidden)], f"h.{layer}/mlp/residual")
+        hidden = self._layer_norm("ln_f", self._last_positions(hidden))
+        if not config.tie_word_embeddings:
+            table = self._products.token_table(graph, "lm_head.weight", self._tensors["lm_head.weight"])
+        table.logits(graph, hidden, LOGITS)
+        self._declare_outputs()
+        return graph.model(name="gpt2", opset=OPSET, ir_version=IR_VERSION, producer="gpt2-edge")
+
+    def _declare_inputs(self) -> None:
+        graph = self._graph
+        graph.input(INPUT_IDS, TensorProto.INT64, [BATCH, NEW])
+        graph.input(ATTENTION_MASK, TensorProto.INT64, [BATCH, TOTAL])
+        graph.input(POSITION_IDS, TensorProto.INT64, [BATCH, NEW])
+        for layer, kind in self._cache_tensors():
+            graph.input(past_name(layer, kind), TensorProto.FLOAT, self._cache_shape(PAST))
+        # An input that is an initializer too has a default: clients that never heard of it get all logits.
+        graph.weight(graph.input(NUM_LOGITS_TO_KEEP, TensorProto.INT64, [1]), np.zeros(1, np.int64))
+
+    def _declare_outputs(self) -> None:
+        self._graph.output(LOGITS, TensorProto.FLOAT, [BATCH, NEW, self._config.n_vocab])
+        for layer, kind in self._cache_tensors():
+            self._graph.output(present_name(layer, kind), TensorProto.FLOAT, self._cache_shape(TOTAL))
+
+    def _cache_tensors(self) -> list[tuple[int, str]]:
+        return [(layer, kind) for layer in range(self._config.n_layer) for kind in CACHE_KINDS]
+
+    def _cache_shape(self, length: str) -> list[int | str]:
+        return [BATCH, self._config.n_head, length, self._config.head_dim]
+
+    def _read_mask(self) -> _AttentionInputs:
+        """One reading for every kind of padding.
+
+        The last key of a row is the largest index with a 1 (a sum of ones would be wrong for left padding), and keys
+        with a 0 before it are hidden by a bias.
+        """
+        node, constant = self._graph.node, self._graph.constant
+        total = node("Shape", [ATTENTION_MASK], "mask/total", start=1, end=2)  # [1]
+        length = node("Squeeze", [total], "mask/length")  # scalar
+        index = node("Range", [constant(0, np.int64), length, constant(1, np.int64)], "mask/index")  # [T]
+        visible_index = node("Mul", [ATTENTION_MASK, index], "mask/visible_index")
+        last = node("ReduceMax", [visible_index, constant([1], np.int64)], "mask/last", keepdims=0)
+        visible = node("Cast", [ATTENTION_MASK], "mask/visible", to=TensorProto.FLOAT)
+        hidden = node("Sub", [constant(1, np.float32), visible], "mask/hidden")
+        penalty = node("Mul", [hidden, constant(MASKED_SCORE, np.float32)], "mask/penalty")  # [B, T]
+        per_head = node("Unsqueeze", [penalty, constant([1, 2], np.int64)], "mask/penalty_per_head")  # [B, 1, 1, T]
+        new = node("Shape", [INPUT_IDS], "mask/new", start=1, end=2)
+        shape = node("Concat", [constant([1, 1], np.int64), new, constant([1], np.int64)], "mask/bias_shape", axis=0)
+        return _AttentionInputs(
+            last_key=node("Cast", [last], "mask/last_key", to=TensorProto.INT32),
+            total_length=node("Cast", [length], "mask/total_length", to=TensorProto.INT32),
+            bias=node("Expand", [per_head, shape], "mask/bias"),  # [B, 1, S, T]
+        )
+
+    def _attention(self, layer: int, hidden: str, mask: _AttentionInputs) -> str:
+        name = f"h.{layer}.attn"
+        qkv = self._linear_with_bias(f"{name}.c_attn", self._layer_norm(f"h.{layer}.ln_1", hidden))  # [B, S, 3D]
+        past = [past_name(layer, kind) for kind in CACHE_KINDS]
+        present = [present_name(layer, kind) for kind in CACHE_KINDS]
+        no_rotary = ["", "", ""]
+        context, *_ = self._graph.node_with_outputs(
+            ATTENTION,
+            [qkv, "", "", *past, mask.last_key, mask.total_length, *no_rotary, mask.bias],
+            [f"{name}/context", *present],
+            domain=MICROSOFT,
+            num_heads=self._config.n_head,
+            kv_num_heads=self._config.n_head,
+            scale=self._config.attention_scale(layer),
+        )
+        return self._linear_with_bias(f"{name}.c_proj", context)
+
+    def _mlp(self, layer: int, hidden: str) -> str:
+        name = f"h.{layer}.mlp"
+        inner = self._linear(f"{name}.c_fc", self._layer_norm(f"h.{layer}.ln_2", hidden))  # [B, S, n_inner]
+        return self._linear_with_bias(
+            f"{name}.c_proj", self._activation(name, inner, self._weight(f"{name}.c_fc.bias"))
+        )
+
+    def _activation(self, name: str, x: str, bias: str) -> str:
+        """activation(x + bias). Some operators add the bias themselves."""
+        node = self._graph.node
+        match self._config.activation:
+            case "gelu_new":
+                return node("FastGelu", [x, bias], f"{name}/activation", domain=MICROSOFT)
+            case "gelu":
+                return node("BiasGelu", [x, bias], f"{name}/activation", domain=MICROSOFT)
+            case "relu":
+                return node("Relu", [node("Add", [x, bias], f"{name}/biased")], f"{name}/activation")
+            case "silu":
+                biased = node("Add", [x, bias], f"{name}/biased")
+                return node("Mul", [biased, node("Sigmoid", [biased], f"{name}/gate")], f"{name}/activation")
+
+    def _linear(self, name: str, x: str) -> str:
+        return self._products.linear(self._graph, f"{name}.weight", x, self._tensors[f"{name}.weight"])
+
+    def _linear_with_bias(self, name: str, x: str) -> str:
+        return self._graph.node("Add", [self._linear(name, x), self._weight(f"{name}.bias")], name)
+
+    def _layer_norm(self, name: str, x: str) -> str:
+        """Add and LayerNormalization apart: the fused SkipLayerNormalization took three times as long on a prompt."""
+        inputs = [x, self._weight(f"{name}.weight"), self._weight(f"{name}.bias")]
+        return self._graph.node("LayerNormalization", inputs, name, axis=-1, epsilon=self._config.layer_norm_epsilon)
+
+    def _last_positions(self, hidden: str) -> str:
+        """The last `num_logits_to_keep` positions; a start of -0 keeps all."""
+        start = self._graph.node("Neg", [NUM_LOGITS_TO_KEEP], "kept/start")
+        end, axis = self._graph.constant([np.iinfo(np.int64).max], np.int64), self._graph.constant([1], np.int64)
+        return self._graph.node("Slice", [hidden, start, end, axis], "kept")
+
+    def _weight(self, name: str) -> str:
+        return self._graph.weight(name, self._tensors[name])

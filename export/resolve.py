@@ -1,0 +1,24 @@
+"""What the user calls a checkpoint -> the folder where it lies."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from runtime.errors import CheckpointError
+
+
+def find_checkpoint(name: str, models_dir: Path) -> Path:
+    """Find a checkpoint's folder: a path as it stands, else a name under the models folder.
+
+    Raises:
+        CheckpointError: neither is a folder; both places are named.
+    """
+    places = (Path(name), models_dir / name)
+    for place in places:
+        if place.is_dir():
+            return place
+    known = sorted(path.name for path in models_dir.iterdir() if path.is_dir()) if models_dir.is_dir() else []
+    raise CheckpointError(
+        f"{name}: no checkpoint folder; looked at {' and '.join(map(str, places))}; "
+        f"{models_dir} holds {', '.join(known) or 'no checkpoints'}; this version downloads nothing"
+    )

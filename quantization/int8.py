@@ -1,0 +1,109 @@
+"""int8 weights: one scale per output column for matrix products, one per block for the head and the embedding.
+
+Both are symmetric and round to nearest: scale = max|w| / 127, value = rint(w / scale). What multiplies them is float
+activations that the graph quantizes itself, one scale per row (token), so that a token's numbers do not depend on what
+else stands in its batch or in its prompt.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.errors import QuantizationError
+
+INT8_MAX = 127
+"""-128 is left unused: the grid is symmetric, so that a weight and its negative cost the same error."""
+
+ZERO_POINT = 128
+"""Where unsigned 8-bit values have their zero."""
+
+SMALLEST_PEAK = 1e-30
+"""Below it a column counts as zero: its scale could not be inverted in float32."""
+
+ELEMENTS_PER_STEP = 1 << 20
+"""Elements that are quantized at a time, so that temporaries stay at 4 MB, in the processor's cache."""
+
+
+@dataclass(frozen=True, slots=True)
+class Int8Columns:
+    """A [K, N] matrix as int8 with one scale per column."""
+
+    values: NDArray[np.int8]  # [K, N]
+    scale: NDArray[np.float32]  # [N]
+
+
+@dataclass(frozen=True, slots=True)
+class Int8Blocks:
+    """A [V, D] matrix as uint8 around 128, one scale per block of a row: weight = (value - 128) * scale."""
+
+    values: NDArray[np.uint8]  # [V, D / block, block]
+    scale: NDArray[np.float32]  # [V, D / block]
+
+
+def quantize_columns(weight: NDArray[np.float32]) -> Int8Columns:
+    """Quantize a [K, N] float32 matrix to int8, one scale per output column.
+
+    A zero column gets scale 1.
+
+    Args:
+        weight: [K, N] float32, finite.
+    Returns:
+        values [K, N] int8 in [-127, 127]; scale [N] float32, weight units per step.
+    Raises:
+        QuantizationError: weight is not 2-D, or not finite.
+    """
+    if weight.ndim != 2:
+        raise QuantizationError(f"a weight to quantize has shape {weight.shape}, expected [in, out]")
+    peak = np.maximum(weight.max(axis=0), -weight.min(axis=0))  # [N]
+    scale = _scale_of_peak(peak)
+    inverse = np.float32(1) / scale
+    values = np.empty(weight.shape, np.int8)
+    step = max(1, ELEMENTS_PER_STEP // weight.shape[1])
+    for start in range(0, weight.shape[0], step):
+        rows = weight[start : start + step] * inverse
+        np.rint(rows, out=rows)
+        values[start : start + step] = rows
+    return Int8Columns(values, scale)
+
+
+def quantize_blocks(weight: NDArray[np.float32], block_size: int) -> Int8Blocks:
+    """Quantize a [V, D] float32 matrix to 8 bits, one scale per block of `block_size` values of a row.
+
+    A last block that D does not fill is padded with zeros. A zero block gets scale 1.
+
+    Args:
+        weight: [V, D] float32, finite.
+        block_size: values that share a scale.
+    Returns:
+        values [V, ceil(D / block_size), block_size] uint8, zero at 128; scale [V, ceil(D / block_size)] float32.
+    Raises:
+        QuantizationError: weight is not 2-D, or not finite.
+    """
+    if weight.ndim != 2:
+        raise QuantizationError(f"a weight to quantize has shape {weight.shape}, expected [rows, columns]")
+    n_rows, n_columns = weight.shape
+    n_blocks = -(-n_columns // block_size)
+    values = np.empty((n_rows, n_blocks, block_size), np.uint8)
+    scale = np.empty((n_rows, n_blocks), np.float32)
+    step = max(1, ELEMENTS_PER_STEP // n_columns)
+    for start in range(0, n_rows, step):
+        rows = weight[start : start + step]
+        if n_blocks * block_size != n_columns:
+            rows = np.pad(rows, ((0, 0), (0, n_blocks * block_size - n_columns)))
+        blocks = rows.reshape(-1, n_blocks, block_size)  # [rows, n_blocks, block_size]
+        scale[start : start + step] = _scale_of_peak(np.maximum(blocks.max(axis=2), -blocks.min(axis=2)))
+        steps = np.rint(blocks / scale[start : start + step, :, None])
+        values[start : start + step] = steps + np.float32(ZERO_POINT)
+    return Int8Blocks(values, scale)
+
+
+def _scale_of_peak(peak: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Weight units per step, for the largest magnitude that 127 steps must reach."""
+    if not np.isfinite(peak).all():
+        where = np.argwhere(~np.isfinite(peak))[0].tolist()
+        raise QuantizationError(f"a weight is not finite in column or block {where}; the checkpoint is damaged")
+    scale: NDArray[np.float32] = np.where(peak > SMALLEST_PEAK, peak / np.float32(INT8_MAX), np.float32(1))
+    return scale

@@ -1,0 +1,64 @@
+"""What every command has in common: one line for an error, the exit status, text that any terminal can take."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import io
+import json
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from .errors import GPT2EdgeError
+
+USAGE = 2
+MACHINE = 1
+INTERRUPTED = 130
+
+
+class CommandLineParser(argparse.ArgumentParser):
+    """argparse, with bad usage told in one line that names the help."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(USAGE, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def run_command(command: Callable[[], int]) -> int:
+    """Run a command and turn what can go wrong into one line on stderr and an exit status.
+
+    Bad input gives 2, a machine that fails us 1, a check that did not hold 3, Ctrl-C 130; see `runtime.errors`. A
+    reader that closes the pipe early is no error.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # an ASCII terminal gets question marks, not a traceback
+    try:
+        status = command()
+        sys.stdout.flush()
+        return status
+    except GPT2EdgeError as error:
+        return _fail(str(error), error.exit_status)
+    except KeyboardInterrupt:
+        return _fail("interrupted", INTERRUPTED)
+    except MemoryError as error:
+        return _fail(
+            f"out of memory ({error or 'no detail given'}); close other programs or take a smaller model", MACHINE
+        )
+    except BrokenPipeError:
+        sys.stderr.close()  # silences the interpreter's own complaint at exit
+        return 0
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        step = "free space and run again" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "mend it and run again"
+        return _fail(f"{where}{error.strerror or error}; {step}", MACHINE)
+
+
+def print_json(values: Any) -> None:
+    """The result of a command as one JSON object on stdout."""
+    print(json.dumps(values, ensure_ascii=False))
+
+
+def _fail(message: str, status: int) -> int:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return status

@@ -1,0 +1,184 @@
+"""The model without text: token ids in, logits out, keys and values kept in a cache that is written in place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .config import GPT2Config
+from .errors import RequestError
+from .kv_cache import KVCache
+from .package import ATTENTION_MASK, INPUT_IDS, LOGITS, NUM_LOGITS_TO_KEEP, POSITION_IDS, Device
+from .session import load_onnxruntime, open_session
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+CHUNK_TOKENS = 128
+"""Prompts are run in pieces of this many tokens, since attention computes the full square of a piece: 900 tokens of
+774M took 4.7 s in one run, 3.1 s in pieces of 128, 3.2 s in pieces of 64."""
+
+
+class Decoder:
+    """A session and the numbers of its model. Threads may share it: what a generation changes is in its Decoding."""
+
+    def __init__(self, session: onnxruntime.InferenceSession, config: GPT2Config) -> None:
+        self.session = session
+        self.config = config
+
+    @classmethod
+    def open(
+        cls, model_path: Path, config: GPT2Config, *, device: Device = "cpu", threads: int | None = None
+    ) -> Decoder:
+        """Open a graph; errors as `session.open_session`."""
+        return cls(open_session(model_path, device=device, threads=threads), config)
+
+    def start(self, *, batch: int, capacity: int) -> Decoding:
+        """Begin with an empty cache of `batch` rows and room for `capacity` tokens in each."""
+        return Decoding(self, KVCache(self.config, batch=batch, capacity=capacity))
+
+    def logits(self, ids: NDArray[np.int64], *, chunk_tokens: int = CHUNK_TOKENS) -> Iterator[NDArray[np.float32]]:
+        """Logits after every token of one sequence, piece by piece; arguments and errors as `Decoding.append`.
+
+        Yields:
+            [S, V] float32, valid until the next; the pieces' S add up to T.
+        """
+        self.check_ids(ids, past=0)
+        return self.start(batch=1, capacity=len(ids)).append(0, ids, chunk_tokens=chunk_tokens)
+
+    def check_ids(self, ids: NDArray[np.int64], *, past: int) -> None:
+        """Refuse ids that the model cannot run behind `past` others.
+
+        Raises:
+            RequestError: no ids, ids out of range, or more than the context holds.
+        """
+        if not len(ids):
+            raise RequestError("no token ids to run, expected at least one")
+        if past + len(ids) > self.config.n_ctx:
+            raise RequestError(
+                f"{past + len(ids)} tokens do not fit the model's context of {self.config.n_ctx}; shorten the prompt"
+            )
+        outside = ids[(ids < 0) | (ids >= self.config.n_vocab)]
+        if len(outside):
+            raise RequestError(f"token id {outside[0]} is not one of the model's {self.config.n_vocab}")
+
+
+class Decoding:
+    """Rows under way: a cache, bound to the graph once, each row at its own length."""
+
+    def __init__(self, decoder: Decoder, cache: KVCache) -> None:
+        self._decoder = decoder
+        self.cache = cache
+        self._bind()
+
+    def prefill(self, row: int, ids: NDArray[np.int64], *, chunk_tokens: int = CHUNK_TOKENS) -> NDArray[np.float32]:
+        """Append ids to one row; arguments and errors as `append`.
+
+        Returns:
+            Logits [V] float32 after the last of them, valid until the next call.
+        """
+        for last in self.append(row, ids, chunk_tokens=chunk_tokens, last_only=True):
+            logits: NDArray[np.float32] = last[-1]
+        return logits
+
+    def append(
+        self, row: int, ids: NDArray[np.int64], *, chunk_tokens: int = CHUNK_TOKENS, last_only: bool = False
+    ) -> Iterator[NDArray[np.float32]]:
+        """Append ids to one row, behind whatever it holds, piece by piece.
+
+        Args:
+            row: 0 to B - 1.
+            ids: [T] int64, T >= 1.
+            chunk_tokens: tokens to a piece.
+            last_only: compute the logits of a piece's last token only.
+        Yields:
+            Logits [S, V] float32 of each piece, or [1, V], valid until the next.
+        Raises:
+            RequestError: ids are out of range, or the row would outgrow the context.
+        """
+        past = int(self.cache.lengths[row])
+        self._decoder.check_ids(ids, past=past)
+        self._reserve(past + len(ids))
+        for piece in pieces(len(ids), chunk_tokens):
+            yield self._rows[row].run(ids[None, piece], keep=1 if last_only else piece.stop - piece.start)[0]
+
+    def decode_step(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Append one id to every row, each at its own length.
+
+        Args:
+            ids: [B] int64.
+        Returns:
+            Logits [B, V] float32, valid until the next call.
+        Raises:
+            RequestError: an id is out of range, or a row would outgrow the context.
+        """
+        longest = int(self.cache.lengths.max())
+        for row_ids in ids[:, None]:
+            self._decoder.check_ids(row_ids, past=longest)
+        self._reserve(longest + 1)
+        logits: NDArray[np.float32] = self._all.run(ids[:, None], keep=1)[:, 0]
+        return logits
+
+    def _reserve(self, tokens: int) -> None:
+        if self.cache.reserve(tokens):
+            self._bind()
+
+    def _bind(self) -> None:
+        batch = self.cache.batch
+        self._all = _BoundRows(self._decoder, self.cache, slice(0, batch))
+        singles = (_BoundRows(self._decoder, self.cache, slice(row, row + 1)) for row in range(batch))
+        self._rows = [self._all] if batch == 1 else list(singles)
+
+
+class _BoundRows:
+    """Some rows of a cache, bound to the graph: a run rebinds ids, positions and mask, and logits of another shape."""
+
+    def __init__(self, decoder: Decoder, cache: KVCache, rows: slice) -> None:
+        self._session = decoder.session
+        self._ort_value = load_onnxruntime().OrtValue.ortvalue_from_numpy  # shares the array's memory on the CPU
+        self._n_vocab = decoder.config.n_vocab
+        self._lengths = cache.lengths[rows]  # [B] int64, a view
+        self._binding = decoder.session.io_binding()
+        self._alive: dict[str, NDArray[Any]] = {}  # onnxruntime reads the arrays' own memory: they must outlive the run
+        for past, present, buffer in cache.bindings(rows):
+            self._bind_input(past, buffer)
+            self._binding.bind_ortvalue_output(present, self._ort_value(buffer))
+        self._logits = np.empty((0, 0, 0), np.float32)
+
+    def run(self, ids: NDArray[np.int64], *, keep: int) -> NDArray[np.float32]:
+        """Append ids [B, S] to the rows; logits [B, keep, V] after the last `keep`, valid until the next run."""
+        n_rows, n_new = ids.shape
+        ends = self._lengths + n_new  # [B]
+        self._bind_input(INPUT_IDS, np.ascontiguousarray(ids, np.int64))
+        self._bind_input(POSITION_IDS, self._lengths[:, None] + np.arange(n_new))  # [B, S]
+        self._bind_input(ATTENTION_MASK, (np.arange(ends.max()) < ends[:, None]).astype(np.int64))  # [B, T]
+        if self._logits.shape != (n_rows, keep, self._n_vocab):
+            self._bind_input(NUM_LOGITS_TO_KEEP, np.array([keep], np.int64))
+            self._logits = np.empty((n_rows, keep, self._n_vocab), np.float32)
+            self._binding.bind_ortvalue_output(LOGITS, self._ort_value(self._logits))
+        self._session.run_with_iobinding(self._binding)
+        self._lengths += n_new
+        return self._logits
+
+    def _bind_input(self, name: str, array: NDArray[Any]) -> None:
+        self._binding.bind_ortvalue_input(name, self._ort_value(array))
+        self._alive[name] = array
+
+
+def pieces(length: int, chunk_tokens: int) -> Iterator[slice]:
+    """Cut [0, length) into pieces of `chunk_tokens`, none of a single token unless length is 1.
+
+    A piece of one token takes another path through attention and rounds differently; pieces of two tokens or more give
+    the same bits as one run.
+    """
+    start = 0
+    while start < length:
+        stop = start + max(2, chunk_tokens)
+        if length - stop <= 1:
+            stop = length
+        yield slice(start, stop)
+        start = stop

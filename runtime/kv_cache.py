@@ -1,0 +1,82 @@
+"""The only place where keys and values live: one buffer per layer, written in place by the graph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .config import GPT2Config
+from .errors import MachineError
+from .package import CACHE_KINDS, past_name, present_name
+
+GROWTH = 1.5
+"""A cache that is outgrown becomes this many times as long, so that appending stays linear in the length."""
+
+
+class KVCache:
+    """Keys and values of B rows, each row at its own length.
+
+    Each layer has two buffers [B, H, M, D] float32, M tokens long. Memory that holds no token yet is reserved but not
+    touched. `lengths` [B] int64 counts the tokens of each row; it belongs to whoever runs the graph.
+    """
+
+    def __init__(self, config: GPT2Config, *, batch: int, capacity: int) -> None:
+        """Reserve room for `capacity` tokens in each of `batch` rows.
+
+        Raises:
+            MachineError: the memory cannot be had.
+        """
+        self._config = config
+        self.lengths = np.zeros(batch, np.int64)
+        self._buffers = self._allocate(capacity)
+
+    @property
+    def batch(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def capacity(self) -> int:
+        """M: tokens that a row has room for."""
+        return int(self._buffers[0].shape[2])
+
+    def reserve(self, tokens: int) -> bool:
+        """Make room for rows of `tokens` tokens.
+
+        Returns:
+            True if the buffers moved, and whoever bound them must bind them again.
+        Raises:
+            MachineError: the memory cannot be had; the cache is as it was.
+        """
+        if tokens <= self.capacity:
+            return False
+        capacity = min(max(tokens, int(self.capacity * GROWTH)), max(tokens, self._config.n_ctx))
+        grown, used = self._allocate(capacity), int(self.lengths.max())
+        for old, new in zip(self._buffers, grown, strict=True):
+            new[:, :, :used] = old[:, :, :used]
+        self._buffers = grown
+        return True
+
+    def bindings(self, rows: slice) -> Iterator[tuple[str, str, NDArray[np.float32]]]:
+        """The graph's input and output name of each buffer, and its part [rows, H, M, D], which is contiguous."""
+        for index, buffer in enumerate(self._buffers):
+            layer, kind = divmod(index, len(CACHE_KINDS))
+            yield past_name(layer, CACHE_KINDS[kind]), present_name(layer, CACHE_KINDS[kind]), buffer[rows]
+
+    def repeat_row(self, row: int) -> None:
+        """Copy one row's keys, values and length into all others."""
+        length = int(self.lengths[row])
+        for buffer in self._buffers:
+            buffer[:, :, :length] = buffer[row : row + 1, :, :length]
+        self.lengths[:] = length
+
+    def _allocate(self, capacity: int) -> list[NDArray[np.float32]]:
+        shape = (self.batch, self._config.n_head, capacity, self._config.head_dim)
+        try:
+            return [np.empty(shape, np.float32) for _ in range(len(CACHE_KINDS) * self._config.n_layer)]
+        except MemoryError as error:
+            needed = self._config.cache_bytes_per_token * capacity * self.batch
+            raise MachineError(
+                f"no memory for a cache of {capacity} tokens x {self.batch} rows ({needed:,} bytes)"
+            ) from error

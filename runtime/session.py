@@ -1,0 +1,151 @@
+"""Opens the ONNX Runtime session for a device, and proves that this device is what runs."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import os
+import platform
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from .errors import DeviceError, MachineError, PackageError, RequestError
+from .package import Device, Needs
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+PROVIDERS: dict[Device, str] = {"cpu": "CPUExecutionProvider"}
+
+ERRORS_ONLY = 3
+"""onnxruntime's log level. At its default each load warns of `num_logits_to_keep`, an input with a default value."""
+
+
+def load_onnxruntime() -> ModuleType:
+    """Import onnxruntime, with its telemetry off unless the application has set ORT_DISABLE_TELEMETRY itself.
+
+    Raises:
+        DeviceError: onnxruntime is not installed, or its native library does not load.
+    """
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    try:
+        return importlib.import_module("onnxruntime")
+    except ImportError as error:
+        raise DeviceError(
+            f"onnxruntime does not import ({error}); install one with: pip install 'gpt2-edge[cpu]'"
+        ) from error
+
+
+def open_session(
+    model_path: Path, *, device: Device = "cpu", threads: int | None = None
+) -> onnxruntime.InferenceSession:
+    """Open a graph on the device that was asked for, and on no other.
+
+    Args:
+        model_path: the .onnx file, its weights beside it.
+        device: "cpu"; the others are refused until this runtime can prove them.
+        threads: worker threads; None takes `available_processors()`.
+    Raises:
+        DeviceError: the device is not what would run.
+        RequestError: threads is below 1.
+        PackageError: onnxruntime refuses the file.
+        MachineError: memory ran out.
+    """
+    if device not in PROVIDERS:
+        raise DeviceError(f"device {device!r} is not supported by this version, expected cpu; load with device cpu")
+    if threads is not None and (type(threads) is not int or threads < 1):
+        raise RequestError(f"threads is {threads!r}, expected a whole number above 0")
+    ort = load_onnxruntime()
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads or available_processors()
+    options.inter_op_num_threads = 1
+    options.log_severity_level = ERRORS_ONLY
+    provider = PROVIDERS[device]
+    try:
+        session = ort.InferenceSession(str(model_path), options, providers=[provider], enable_fallback=0)
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        if isinstance(error, MemoryError) or "bad_alloc" in reason or "Failed to allocate" in reason:
+            raise MachineError(f"{model_path}: out of memory while loading ({reason})") from error
+        raise PackageError(f"{model_path}: onnxruntime {ort.__version__} refuses it ({reason})") from error
+    if session.get_providers() != [provider]:
+        raise DeviceError(f"asked onnxruntime for {provider} alone, it runs {session.get_providers()}")
+    return session
+
+
+def check_needs(needs: Needs, *, device: Device) -> None:
+    """Refuse a package whose arithmetic this processor would get wrong.
+
+    Raises:
+        DeviceError: the processor has none of the features that the package needs.
+    """
+    have = processor_features() if device == "cpu" else None
+    if needs.processor and have is not None and have.isdisjoint(needs.processor):
+        raise DeviceError(
+            f"this package needs a processor with one of {', '.join(needs.processor)}, this one "
+            f"({platform.machine()}) has none, and its results would be wrong; convert with --precision fp32"
+        )
+
+
+def processor_features() -> frozenset[str] | None:
+    """Feature flags as Linux names them; None where no /proc/cpuinfo tells."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    for line in text.splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() in ("flags", "Features"):
+            return frozenset(value.split())
+    return None
+
+
+def available_processors() -> int:
+    """Processors that this process may use: its affinity mask, cut to the quota of its control group.
+
+    The host's count would be wrong in a container: threads beyond the quota only wait for each other.
+    """
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = _control_group_quota()
+    return allowed if quota is None else max(1, min(allowed, math.floor(quota)))
+
+
+def _control_group_quota(
+    root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")
+) -> float | None:
+    """Processors' worth of time that the control group may use, the tightest limit on the way up; None: no limit.
+
+    Source: Linux, Documentation/admin-guide/cgroup-v2 (cpu.max: "quota period") and cgroup-v1 (cpu.cfs_quota_us).
+    """
+    try:
+        lines = membership.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    quotas = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        base = root / "cpu" if controllers else root
+        group = base / path.lstrip("/")
+        for folder in (group, *group.parents):
+            if not folder.is_relative_to(base):
+                break
+            quota = _quota_of(folder)
+            if quota is not None:
+                quotas.append(quota)
+    return min(quotas, default=None)
+
+
+def _quota_of(folder: Path) -> float | None:
+    """The quota that one control group's folder states."""
+    try:
+        if (folder / "cpu.max").is_file():
+            quota, period = (folder / "cpu.max").read_text(encoding="utf-8").split()
+        else:
+            quota = (folder / "cpu.cfs_quota_us").read_text(encoding="utf-8").strip()
+            period = (folder / "cpu.cfs_period_us").read_text(encoding="utf-8").strip()
+    except (OSError, ValueError):
+        return None
+    return None if quota in ("max", "-1") else int(quota) / int(period)

@@ -1,0 +1,260 @@
+"""TextGenerator: a package, loaded once, that writes text; and its command line.
+
+python -m runtime.generate PACKAGE "Once upon a time"
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .config import GPT2Config
+from .decoder import Decoder
+from .errors import DeviceError, RequestError
+from .package import Device, Package, open_package
+from .sampling import SamplingOptions, choose_token, fresh_seed, random_uniform
+from .session import check_needs
+from .tokenizer import Tokenizer
+
+DEFAULT_NEW_TOKENS = 128
+
+Prompt: TypeAlias = "str | Sequence[int] | NDArray[np.int64]"
+"""Text, or token ids. Empty means unconditional: the model starts from its end-of-text token."""
+
+FinishReason = Literal["stop", "length"]
+"""stop: the model ended the text. length: max_new_tokens were written."""
+
+
+@dataclass(frozen=True, slots=True)
+class SampleStats:
+    """Times of one sample. Samples of one request run together, so they share their first token's time."""
+
+    prompt_tokens: int
+    new_tokens: int
+    ttft_ms: float  # from the call to the first token, tokenisation included
+    decode_tokens_per_s: float  # tokens after the first; 0 where there are none
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A continuation. `ids` are its tokens without the end-of-text that may have ended it, `text` is their text."""
+
+    text: str
+    ids: tuple[int, ...]
+    finish_reason: FinishReason
+    stats: SampleStats
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """What a request gave. The same seed gives the same samples again."""
+
+    prompt_ids: tuple[int, ...]
+    seed: int
+    samples: tuple[Sample, ...]
+
+    @property
+    def text(self) -> str:
+        """The text of the first sample."""
+        return self.samples[0].text
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    prompt_ids: NDArray[np.int64]  # [T], T >= 1
+    max_new_tokens: int
+    sampling: SamplingOptions
+    seed: int
+    samples: int
+
+
+class TextGenerator:
+    """A loaded package. Threads may share it."""
+
+    def __init__(self, package: Package, decoder: Decoder, tokenizer: Tokenizer) -> None:
+        """Most callers want `TextGenerator.load`."""
+        self.package = package
+        self.decoder = decoder
+        self.tokenizer = tokenizer
+        self.default_sampling = SamplingOptions.from_generation_config(package.generation_config())
+
+    @classmethod
+    def load(cls, package: str | Path, *, device: Device = "cpu", threads: int | None = None) -> TextGenerator:
+        """Check a package and open it.
+
+        Args:
+            package: the folder.
+            device: where to run; another device than the package was made for is refused.
+            threads: worker threads; None takes the processors that this process may use.
+        Raises:
+            PackageError: the folder is no package, or damaged.
+            DeviceError: the device is not what would run, or lacks what the package needs.
+            TokenizerError: the tokenizer cannot be read, or the tokenizers library is not installed.
+            MachineError: memory ran out.
+        """
+        opened = open_package(package)
+        decoder = open_decoder(opened, device=device, threads=threads)
+        return cls(opened, decoder, Tokenizer.load(opened.tokenizer_path))
+
+    @property
+    def config(self) -> GPT2Config:
+        return self.package.manifest.config
+
+    def generate(
+        self,
+        prompt: Prompt = "",
+        *,
+        max_new_tokens: int | None = None,
+        sampling: SamplingOptions | None = None,
+        num_return_sequences: int = 1,
+    ) -> Generation:
+        """Continue a prompt.
+
+        Args:
+            prompt: text or token ids; empty for text out of nothing.
+            max_new_tokens: the most that is written; None takes 128, or what the context has room for.
+            sampling: how tokens are chosen; None takes the package's own defaults (`default_sampling`).
+            num_return_sequences: independent samples of the same prompt.
+        Raises:
+            RequestError: prompt and new tokens do not fit the context, or a value is out of range.
+            TokenizerError: the prompt is no text.
+            MachineError: memory ran out, or the device computes nonsense.
+        """
+        started = time.perf_counter()
+        request = self._request(prompt, max_new_tokens, sampling, num_return_sequences)
+        ids: list[list[int]] = [[] for _ in range(request.samples)]
+        ended_at = [started] * request.samples
+        first_at = started
+        for step, chosen in enumerate(self._steps(request)):
+            now = time.perf_counter()
+            first_at = now if step == 0 else first_at
+            for sample, token_id in chosen.items():
+                ids[sample].append(token_id)
+                ended_at[sample] = now
+        samples = [
+            self._sample(request, own, (first_at - started) * 1e3, end - first_at)
+            for own, end in zip(ids, ended_at, strict=True)
+        ]
+        return Generation(tuple(request.prompt_ids.tolist()), request.seed, tuple(samples))
+
+    def stream(
+        self, prompt: Prompt = "", *, max_new_tokens: int | None = None, sampling: SamplingOptions | None = None
+    ) -> Iterator[str]:
+        """Continue a prompt and yield the text as soon as it is certain; arguments and errors as `generate`.
+
+        A character whose bytes are spread over several tokens comes when its last byte has come.
+        """
+        return self._stream(self._request(prompt, max_new_tokens, sampling, 1))
+
+    def score(self, ids: Sequence[int] | NDArray[np.int64]) -> NDArray[np.float64]:
+        """How probable each token was to the model.
+
+        Args:
+            ids: [T] token ids, 2 <= T <= n_ctx.
+        Returns:
+            [T - 1] float64, natural log-probability of ids[1], ids[2] ... given all before it.
+        Raises:
+            RequestError: ids are out of range, too few, or longer than the context.
+        """
+        array = _as_ids(ids)
+        if len(array) < 2:
+            raise RequestError(f"{len(array)} tokens to score, expected at least 2: the first one is given")
+        self.decoder.check_ids(array, past=0)
+        scores = np.empty(len(array) - 1)
+        start = 0
+        for logits in self.decoder.logits(array[:-1]):  # [S, V]
+            targets = array[start + 1 : start + 1 + len(logits)]
+            peak = logits.max(axis=1)
+            total = np.exp(logits - peak[:, None]).sum(axis=1, dtype=np.float64)
+            scores[start : start + len(logits)] = logits[np.arange(len(logits)), targets] - peak - np.log(total)
+            start += len(logits)
+        return scores
+
+    def _request(
+        self, prompt: Prompt, max_new_tokens: int | None, sampling: SamplingOptions | None, samples: int
+    ) -> _Request:
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else _as_ids(prompt)
+        if not len(ids):
+            ids = np.array([self.config.eos_token_id], np.int64)
+        self.decoder.check_ids(ids, past=0)
+        room = self.config.n_ctx - len(ids)
+        if max_new_tokens is None:
+            max_new_tokens = max(1, min(DEFAULT_NEW_TOKENS, room))
+        for name, value in (("max_new_tokens", max_new_tokens), ("num_return_sequences", samples)):
+            if type(value) is not int or value < 1:
+                raise RequestError(f"{name} is {value!r}, expected a whole number above 0")
+        if max_new_tokens > room:
+            raise RequestError(
+                f"a prompt of {len(ids)} tokens and max_new_tokens {max_new_tokens} do not fit the model's context of "
+                f"{self.config.n_ctx}; shorten the prompt or ask for at most {room}"
+            )
+        sampling = sampling or self.default_sampling
+        return _Request(
+            ids, max_new_tokens, sampling, fresh_seed() if sampling.seed is None else sampling.seed, samples
+        )
+
+    def _steps(self, request: _Request) -> Iterator[dict[int, int]]:
+        """Each step's chosen ids by sample; a sample is absent once it has ended."""
+        prompt_length = len(request.prompt_ids)
+        capacity = prompt_length + request.max_new_tokens - 1  # the last token is chosen, not run
+        decoding = self.decoder.start(batch=request.samples, capacity=capacity)
+        logits = decoding.prefill(0, request.prompt_ids)[None].repeat(request.samples, axis=0)  # [B, V]
+        decoding.cache.repeat_row(0)
+        going, current = list(range(request.samples)), np.full(request.samples, self.config.eos_token_id, np.int64)
+        for position in range(prompt_length, prompt_length + request.max_new_tokens):
+            if position > prompt_length:
+                logits = decoding.decode_step(current)
+            chosen = {
+                sample: choose_token(logits[sample], request.sampling, random_uniform(request.seed, sample, position))
+                for sample in going
+            }
+            yield chosen
+            current[list(chosen)] = list(chosen.values())
+            going = [sample for sample, token_id in chosen.items() if token_id != self.config.eos_token_id]
+            if not going:
+                return
+
+    def _stream(self, request: _Request) -> Iterator[str]:
+        decoder = self.tokenizer.stream()
+        for chosen in self._steps(request):
+            if chosen[0] == self.config.eos_token_id:
+                break
+            if text := decoder.push(chosen[0]):
+                yield text
+        if text := decoder.finish():
+            yield text
+
+    def _sample(self, request: _Request, ids: list[int], ttft_ms: float, decode_s: float) -> Sample:
+        stopped = ids[-1] == self.config.eos_token_id
+        stats = SampleStats(
+            prompt_tokens=len(request.prompt_ids),
+            new_tokens=len(ids),
+            ttft_ms=ttft_ms,
+            decode_tokens_per_s=(len(ids) - 1) / decode_s if len(ids) > 1 else 0.0,
+        )
+        kept = ids[:-1] if stopped else ids
+        return Sample(self.tokenizer.decode(kept), tuple(kept), "stop" if stopped else "length", stats)
+
+
+def open_decoder(package: Package, *, device: Device = "cpu", threads: int | None = None) -> Decoder:
+    """Open a package's graph on the device that was asked for; errors as `TextGenerator.load`."""
+    made_for = package.manifest.device
+    if device != made_for:
+        raise DeviceError(
+            f"{package.folder} was made for {made_for}, asked for {device}; convert with --device {device}"
+        )
+    check_needs(package.manifest.needs, device=device)
+    return Decoder.open(package.model_path, package.manifest.config, device=device, threads=threads)
+
+
+def _as_ids(ids: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
+    array = np.asarray(ids if len(ids) else np.empty(0, np.int64))
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise RequestError(f"token ids have shape {array.shape} and dtype {array.dtype}, expected one row of integers")
+    return array.astype(np.int64)
