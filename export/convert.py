@@ -10,7 +10,7 @@ import itertools
 import platform
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -46,8 +46,9 @@ from .resolve import find_checkpoint
 from .tokenizer_files import build_tokenizer, write_tokenizer
 from .verification import PROMPTS, Verification, check, verify_decoder
 
-OLDEST_ONNXRUNTIME = "1.32.0"
-"""The oldest version that the graph was run on."""
+OLDEST_ONNXRUNTIME: Mapping[Precision, str] = {"fp32": "1.22.1", "int8": "1.23.2"}
+"""The oldest versions that ran the demo package's golden prompts: older ones lack attention's bias input (fp32), or the
+8-bit embedding (int8). Tried: 1.20.1, 1.21.1, 1.22.1, 1.23.2, 1.24.4, 1.26.0, 1.28.0, 1.32.0."""
 
 INT8_FEATURES = ("avx512_vnni", "avx_vnni", "asimddp")
 """Linux's names of processor features, any of which multiplies uint8 by int8 without saturating at 16 bits."""
@@ -152,12 +153,17 @@ def _describe(
         device="cpu",
         attention=ATTENTION,
         opset=OPSET,
-        needs=Needs(onnxruntime=OLDEST_ONNXRUNTIME, processor=INT8_FEATURES if precision == "int8" else ()),
-        source=Source(name=checkpoint.folder.resolve().name, layout=checkpoint.layout, fingerprint=fingerprint),
+        needs=Needs(onnxruntime=OLDEST_ONNXRUNTIME[precision], processor=INT8_FEATURES if precision == "int8" else ()),
+        source=Source(name=_plain_name(checkpoint.folder), layout=checkpoint.layout, fingerprint=fingerprint),
         tools={"gpt2-edge": runtime.__version__, "python": platform.python_version()}
         | {name: version(name) for name in tools},
         files=_file_entries(staging, precision, weights_entry),
     )
+
+
+def _plain_name(folder: Path) -> str:
+    """A folder's name as text; bytes in it that are no UTF-8 become question marks."""
+    return folder.resolve().name.encode(errors="replace").decode()
 
 
 def _file_entries(staging: Path, precision: Precision, weights_entry: FileEntry) -> dict[str, FileEntry]:

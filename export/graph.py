@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 
 from runtime.config import GPT2Config
+from runtime.errors import ConfigError
 from runtime.package import (
     ATTENTION_MASK,
     CACHE_KINDS,
@@ -34,6 +35,8 @@ from .products import PRODUCTS
 OPSET = 21
 IR_VERSION = 10
 ATTENTION = "GroupQueryAttention"
+HEAD_DIM_STEP = 8
+"""Numbers; onnxruntime's GroupQueryAttention takes heads of 8, 16, 24 ... and refuses others at the first run only."""
 
 MASKED_SCORE = -1e9
 """Added to the score of a key that the mask hides. Finite: a row of padding alone stays finite, and spreads no NaN."""
@@ -66,8 +69,14 @@ def build_graph(
     Returns:
         The model, which names `weights` as its external data.
     Raises:
+        ConfigError: the heads are of a width that the attention operator does not take.
         CheckpointError: a tensor turns out damaged when it is read.
     """
+    if config.head_dim % HEAD_DIM_STEP:
+        raise ConfigError(
+            f"heads of n_embd / n_head = {config.n_embd} / {config.n_head} = {config.head_dim} numbers are not "
+            f"supported, expected a multiple of {HEAD_DIM_STEP}, which onnxruntime's {ATTENTION} takes"
+        )
     return _GraphWriter(config, tensors, precision, weights).write()
 
 

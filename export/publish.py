@@ -5,12 +5,20 @@
 
 Whatever a killed conversion left, the next one to the same place finds and clears. The parent folder's lock is held
 for moments only, so conversions to other places go on.
+
+What a reader sees meanwhile: the name always leads to a whole package (but for that blink), the old one or the new one.
+A reader opens files one by one, though, and the exchange may come in between. Then it holds an old manifest against new
+files: `open_package` refuses them as altered, and opening again succeeds. The weights are the gap, as their sha256 is
+not checked at every load: a graph opened before the exchange would take weights of the same shapes opened after it.
+A reader that has loaded keeps what it has. So whoever replaces packages under applications that start at any moment
+should give every version its own folder.
 """
 
 from __future__ import annotations
 
 import ctypes
 import fcntl
+import json
 import os
 import shutil
 import sys
@@ -36,12 +44,13 @@ def staged(target: Path, *, force: bool = False) -> Iterator[Path]:
     Yields:
         An empty folder on the same file system.
     Raises:
-        PackageError: the target exists and `force` is not given, or is no package, or another conversion writes it.
+        PackageError: the target exists and `force` is not given, or is no package, or is a link, or another conversion
+            writes it.
         OSError: the disk is full, or the parent folder cannot be written.
     """
     target = target.absolute()
     target.parent.mkdir(parents=True, exist_ok=True)
-    staging = target.with_name(f".{target.name}.partial")
+    staging = target.parent / f".{target.name}.partial"
     with _locked_folder(target.parent):
         _recover(target)
         _refuse_to_replace(target, force)
@@ -52,8 +61,11 @@ def staged(target: Path, *, force: bool = False) -> Iterator[Path]:
         with _locked_folder(target.parent):
             _refuse_to_replace(target, force)
             _put_in_place(staging, target)
+    except BaseException:
+        with _locked_folder(target.parent):
+            _remove_claimed(staging, claim)
+        raise
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
         os.close(claim)
 
 
@@ -70,7 +82,7 @@ def _locked_folder(folder: Path) -> Iterator[None]:
 def _claim(staging: Path, target: Path) -> int:
     """Make the staging folder ours, empty; the returned descriptor holds the claim until it is closed."""
     staging.mkdir(exist_ok=True)
-    descriptor = os.open(staging, os.O_RDONLY)
+    descriptor = os.open(staging, os.O_RDONLY | os.O_NOFOLLOW)  # what a link leads to is not ours to clear
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         for left_over in staging.iterdir():
@@ -86,13 +98,30 @@ def _claim(staging: Path, target: Path) -> int:
     return descriptor
 
 
+def _remove_claimed(staging: Path, claim: int) -> None:
+    """Remove the staging folder, unless the name has gone over to another conversion or to the old package."""
+    if staging.is_dir() and os.path.samestat(staging.stat(), os.fstat(claim)):
+        shutil.rmtree(staging, ignore_errors=True)
+
+
 def _refuse_to_replace(target: Path, force: bool) -> None:
     if not os.path.lexists(target):
         return
+    if target.is_symlink():
+        raise PackageError(f"{target} is a link and was kept; name the folder that it leads to, {target.readlink()}")
     if not force:
         raise PackageError(f"{target} exists and was kept; replace it with --force, or name another --output")
-    if not (target / MANIFEST).is_file() and not (target.is_dir() and not any(target.iterdir())):
+    if not _is_package(target) and not (target.is_dir() and not any(target.iterdir())):
         raise PackageError(f"{target} is no package and was kept, --force or not; name another --output")
+
+
+def _is_package(folder: Path) -> bool:
+    """Whether a manifest of any format version lies there; web applications have a manifest.json too."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(manifest, dict) and "format_version" in manifest
 
 
 def _put_in_place(staging: Path, target: Path) -> None:
@@ -103,7 +132,11 @@ def _put_in_place(staging: Path, target: Path) -> None:
     else:
         old = _old_name(target)
         target.rename(old)
-        staging.rename(target)
+        try:
+            staging.rename(target)
+        except BaseException:
+            old.rename(target)
+            raise
         shutil.rmtree(old, ignore_errors=True)
     _sync(target.parent)
 
@@ -119,7 +152,7 @@ def _recover(target: Path) -> None:
 
 
 def _old_name(target: Path) -> Path:
-    return target.with_name(f".{target.name}.old")
+    return target.parent / f".{target.name}.old"
 
 
 def _exchange(one: Path, other: Path) -> bool:

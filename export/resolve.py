@@ -13,7 +13,7 @@ def find_checkpoint(name: str, models_dir: Path) -> Path:
     Raises:
         CheckpointError: neither is a folder; both places are named.
     """
-    places = (Path(name), models_dir / name)
+    places = dict.fromkeys((Path(name), models_dir / name))  # one, if the name is an absolute path
     for place in places:
         if place.is_dir():
             return place

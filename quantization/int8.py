@@ -94,16 +94,17 @@ def quantize_blocks(weight: NDArray[np.float32], block_size: int) -> Int8Blocks:
         if n_blocks * block_size != n_columns:
             rows = np.pad(rows, ((0, 0), (0, n_blocks * block_size - n_columns)))
         blocks = rows.reshape(-1, n_blocks, block_size)  # [rows, n_blocks, block_size]
-        scale[start : start + step] = _scale_of_peak(np.maximum(blocks.max(axis=2), -blocks.min(axis=2)))
+        scale[start : start + step] = _scale_of_peak(np.maximum(blocks.max(axis=2), -blocks.min(axis=2)), first=start)
         steps = np.rint(blocks / scale[start : start + step, :, None])
         values[start : start + step] = steps + np.float32(ZERO_POINT)
     return Int8Blocks(values, scale)
 
 
-def _scale_of_peak(peak: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Weight units per step, for the largest magnitude that 127 steps must reach."""
+def _scale_of_peak(peak: NDArray[np.float32], first: int = 0) -> NDArray[np.float32]:
+    """Weight units per step, for the largest magnitude that 127 steps must reach; `peak[0]` is of number `first`."""
     if not np.isfinite(peak).all():
-        where = np.argwhere(~np.isfinite(peak))[0].tolist()
-        raise QuantizationError(f"a weight is not finite in column or block {where}; the checkpoint is damaged")
+        where, *block = np.argwhere(~np.isfinite(peak))[0].tolist()
+        place = f"row {first + where}, block {block[0]}" if block else f"column {where}"
+        raise QuantizationError(f"a weight is not finite in {place}; the checkpoint is damaged")
     scale: NDArray[np.float32] = np.where(peak > SMALLEST_PEAK, peak / np.float32(INT8_MAX), np.float32(1))
     return scale

@@ -6,6 +6,7 @@ import argparse
 import errno
 import io
 import json
+import os
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -43,10 +44,10 @@ def run_command(command: Callable[[], int]) -> int:
         return _fail("interrupted", INTERRUPTED)
     except MemoryError as error:
         return _fail(
-            f"out of memory ({error or 'no detail given'}); close other programs or take a smaller model", MACHINE
+            f"out of memory ({str(error) or 'no detail given'}); close other programs or take a smaller model", MACHINE
         )
     except BrokenPipeError:
-        sys.stderr.close()  # silences the interpreter's own complaint at exit
+        _drop_output()
         return 0
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
@@ -55,8 +56,15 @@ def run_command(command: Callable[[], int]) -> int:
 
 
 def print_json(values: Any) -> None:
-    """The result of a command as one JSON object on stdout."""
-    print(json.dumps(values, ensure_ascii=False))
+    """The result of a command as one JSON object on stdout; in ASCII, which no terminal's encoding can alter."""
+    print(json.dumps(values, allow_nan=False))
+
+
+def _drop_output() -> None:
+    """Nobody reads stdout any more: what it still holds goes nowhere, or the interpreter would complain at exit."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
 
 
 def _fail(message: str, status: int) -> int:

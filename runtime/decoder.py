@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .config import GPT2Config
-from .errors import RequestError
+from .errors import MachineError, RequestError
 from .kv_cache import KVCache
 from .package import ATTENTION_MASK, INPUT_IDS, LOGITS, NUM_LOGITS_TO_KEEP, POSITION_IDS, Device
 from .session import load_onnxruntime, open_session
@@ -54,8 +54,10 @@ class Decoder:
         """Refuse ids that the model cannot run behind `past` others.
 
         Raises:
-            RequestError: no ids, ids out of range, or more than the context holds.
+            RequestError: no row of whole numbers, no ids, ids out of range, or more than the context holds.
         """
+        if ids.ndim != 1 or ids.dtype.kind not in "iu":
+            raise RequestError(f"token ids have shape {ids.shape} and dtype {ids.dtype}, expected one row of integers")
         if not len(ids):
             raise RequestError("no token ids to run, expected at least one")
         if past + len(ids) > self.config.n_ctx:
@@ -64,7 +66,7 @@ class Decoder:
             )
         outside = ids[(ids < 0) | (ids >= self.config.n_vocab)]
         if len(outside):
-            raise RequestError(f"token id {outside[0]} is not one of the model's {self.config.n_vocab}")
+            raise RequestError(f"token id {outside[0]} is not in the model, expected 0 to {self.config.n_vocab - 1}")
 
 
 class Decoding:
@@ -98,13 +100,15 @@ class Decoding:
         Yields:
             Logits [S, V] float32 of each piece, or [1, V], valid until the next.
         Raises:
-            RequestError: ids are out of range, or the row would outgrow the context.
+            RequestError: no such row, ids out of range, or the row would outgrow the context.
         """
+        if not 0 <= row < self.cache.batch:
+            raise RequestError(f"no row {row}, expected 0 to {self.cache.batch - 1}")
         past = int(self.cache.lengths[row])
         self._decoder.check_ids(ids, past=past)
         self._reserve(past + len(ids))
         for piece in pieces(len(ids), chunk_tokens):
-            yield self._rows[row].run(ids[None, piece], keep=1 if last_only else piece.stop - piece.start)[0]
+            yield self._bound(row).run(ids[None, piece], keep=1 if last_only else piece.stop - piece.start)[0]
 
     def decode_step(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
         """Append one id to every row, each at its own length.
@@ -114,8 +118,10 @@ class Decoding:
         Returns:
             Logits [B, V] float32, valid until the next call.
         Raises:
-            RequestError: an id is out of range, or a row would outgrow the context.
+            RequestError: not one id for each row, an id out of range, or a row would outgrow the context.
         """
+        if ids.shape != (self.cache.batch,):
+            raise RequestError(f"ids have shape {ids.shape}, expected one for each of {self.cache.batch} rows")
         longest = int(self.cache.lengths.max())
         for row_ids in ids[:, None]:
             self._decoder.check_ids(row_ids, past=longest)
@@ -128,10 +134,14 @@ class Decoding:
             self._bind()
 
     def _bind(self) -> None:
-        batch = self.cache.batch
-        self._all = _BoundRows(self._decoder, self.cache, slice(0, batch))
-        singles = (_BoundRows(self._decoder, self.cache, slice(row, row + 1)) for row in range(batch))
-        self._rows = [self._all] if batch == 1 else list(singles)
+        self._all = _BoundRows(self._decoder, self.cache, slice(0, self.cache.batch))
+        self._singles = {0: self._all} if self.cache.batch == 1 else {}
+
+    def _bound(self, row: int) -> _BoundRows:
+        """One row alone, bound when it is first asked for: samples of one prompt need only one."""
+        if row not in self._singles:
+            self._singles[row] = _BoundRows(self._decoder, self.cache, slice(row, row + 1))
+        return self._singles[row]
 
 
 class _BoundRows:
@@ -160,7 +170,11 @@ class _BoundRows:
             self._bind_input(NUM_LOGITS_TO_KEEP, np.array([keep], np.int64))
             self._logits = np.empty((n_rows, keep, self._n_vocab), np.float32)
             self._binding.bind_ortvalue_output(LOGITS, self._ort_value(self._logits))
-        self._session.run_with_iobinding(self._binding)
+        try:
+            self._session.run_with_iobinding(self._binding)
+        except Exception as error:
+            reason = " ".join(str(error).split())
+            raise MachineError(f"onnxruntime failed to run the model ({reason}); free memory and run again") from error
         self._lengths += n_new
         return self._logits
 

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .config import GPT2Config
-from .errors import MachineError
+from .errors import MachineError, RequestError
 from .package import CACHE_KINDS, past_name, present_name
 
 GROWTH = 1.5
@@ -26,15 +26,18 @@ class KVCache:
         """Reserve room for `capacity` tokens in each of `batch` rows.
 
         Raises:
+            RequestError: no rows, or a capacity that is not 1 to n_ctx.
             MachineError: the memory cannot be had.
         """
+        if batch < 1 or not 1 <= capacity <= config.n_ctx:
+            raise RequestError(
+                f"a cache of {batch} rows with room for {capacity} tokens each, expected 1 row or more, and 1 to "
+                f"{config.n_ctx} tokens, the model's context"
+            )
         self._config = config
-        self.lengths = np.zeros(batch, np.int64)
+        self.batch = batch
         self._buffers = self._allocate(capacity)
-
-    @property
-    def batch(self) -> int:
-        return len(self.lengths)
+        self.lengths = np.zeros(batch, np.int64)
 
     @property
     def capacity(self) -> int:
@@ -51,7 +54,8 @@ class KVCache:
         """
         if tokens <= self.capacity:
             return False
-        capacity = min(max(tokens, int(self.capacity * GROWTH)), max(tokens, self._config.n_ctx))
+        assert tokens <= self._config.n_ctx, "whoever runs the graph refuses what the context cannot hold"
+        capacity = max(tokens, min(int(self.capacity * GROWTH), self._config.n_ctx))
         grown, used = self._allocate(capacity), int(self.lengths.max())
         for old, new in zip(self._buffers, grown, strict=True):
             new[:, :, :used] = old[:, :, :used]
@@ -72,11 +76,14 @@ class KVCache:
         self.lengths[:] = length
 
     def _allocate(self, capacity: int) -> list[NDArray[np.float32]]:
-        shape = (self.batch, self._config.n_head, capacity, self._config.head_dim)
+        """All buffers in one piece: the system refuses one request beyond its memory, but grants many small ones."""
+        config = self._config
+        shape = (len(CACHE_KINDS) * config.n_layer, self.batch, config.n_head, capacity, config.head_dim)
         try:
-            return [np.empty(shape, np.float32) for _ in range(len(CACHE_KINDS) * self._config.n_layer)]
-        except MemoryError as error:
-            needed = self._config.cache_bytes_per_token * capacity * self.batch
+            return list(np.empty(shape, np.float32))
+        except (MemoryError, ValueError, OverflowError) as error:  # the last two: more than numpy can number
+            needed = config.cache_bytes_per_token * capacity * self.batch
             raise MachineError(
-                f"no memory for a cache of {capacity} tokens x {self.batch} rows ({needed:,} bytes)"
+                f"no memory for a cache of {capacity} tokens x {self.batch} rows ({needed:,} bytes); ask for fewer "
+                "samples at once, or fewer tokens"
             ) from error

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
@@ -157,6 +158,8 @@ def open_package(folder: str | Path, *, full: bool = False, progress: Callable[[
             _check_file(folder, name, entry, hashed=full or name != weights, progress=progress)
         except PackageError as fault:
             faults.append(str(fault))
+        except OSError as error:
+            faults.append(f"{name} cannot be read ({error.strerror})")
     if faults:
         raise PackageError(f"{folder}: {'; '.join(faults)}; copy the package again or convert again")
     return Package(folder, manifest)
@@ -169,8 +172,12 @@ def read_manifest(folder: Path) -> Manifest:
         PackageError: it is missing, damaged, or of another format version.
     """
     if not (folder / MANIFEST).is_file():
-        what = "a folder without a manifest is no package" if folder.is_dir() else "no such folder"
-        raise PackageError(f"{folder}: {what}; make one with: python -m export.convert CHECKPOINT --output {folder}")
+        if folder.is_dir():
+            what, step = "a folder without a manifest is no package", f"python -m export.convert {folder}"
+        else:
+            what = "a file is no package, which is a folder" if folder.exists() else "no such folder"
+            step = "python -m export.convert CHECKPOINT"
+        raise PackageError(f"{folder}: {what}; name one, or make it of a checkpoint with: {step}")
     values = _read_json(folder, MANIFEST)
     version = values.get("format_version")
     if version != FORMAT_VERSION:
@@ -252,7 +259,10 @@ def _inside(folder: Path, name: str) -> Path:
     """The file's path, if it stays in the folder when every link is followed."""
     relative = PurePosixPath(name)
     path = folder / relative
-    if relative.is_absolute() or ".." in relative.parts or not path.resolve().is_relative_to(folder.resolve()):
+    if "\0" in name or relative.is_absolute() or ".." in relative.parts:
+        raise PackageError(f"{name!r} leads out of the package")
+    # os.path.realpath, since Path.resolve raises RuntimeError at a circle of links
+    if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
         raise PackageError(f"{name!r} leads out of the package")
     return path
 

@@ -1,11 +1,9 @@
-"""TextGenerator: a package, loaded once, that writes text; and its command line.
-
-python -m runtime.generate PACKAGE "Once upon a time"
-"""
+"""TextGenerator: a package, loaded once, that writes text."""
 
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +34,7 @@ class SampleStats:
     """Times of one sample. Samples of one request run together, so they share their first token's time."""
 
     prompt_tokens: int
-    new_tokens: int
+    new_tokens: int  # the end-of-text that may have ended it included
     ttft_ms: float  # from the call to the first token, tokenisation included
     decode_tokens_per_s: float  # tokens after the first; 0 where there are none
 
@@ -128,8 +126,8 @@ class TextGenerator:
         """
         started = time.perf_counter()
         request = self._request(prompt, max_new_tokens, sampling, num_return_sequences)
-        ids: list[list[int]] = [[] for _ in range(request.samples)]
-        ended_at = [started] * request.samples
+        ids: dict[int, list[int]] = defaultdict(list)
+        ended_at: dict[int, float] = {}
         first_at = started
         for step, chosen in enumerate(self._steps(request)):
             now = time.perf_counter()
@@ -138,8 +136,8 @@ class TextGenerator:
                 ids[sample].append(token_id)
                 ended_at[sample] = now
         samples = [
-            self._sample(request, own, (first_at - started) * 1e3, end - first_at)
-            for own, end in zip(ids, ended_at, strict=True)
+            self._sample(request, own, (first_at - started) * 1e3, ended_at[sample] - first_at)
+            for sample, own in ids.items()
         ]
         return Generation(tuple(request.prompt_ids.tolist()), request.seed, tuple(samples))
 
@@ -163,8 +161,8 @@ class TextGenerator:
             RequestError: ids are out of range, too few, or longer than the context.
         """
         array = _as_ids(ids)
-        if len(array) < 2:
-            raise RequestError(f"{len(array)} tokens to score, expected at least 2: the first one is given")
+        if array.size < 2:
+            raise RequestError(f"{array.size} tokens to score, expected at least 2: the first one is given")
         self.decoder.check_ids(array, past=0)
         scores = np.empty(len(array) - 1)
         start = 0
@@ -180,7 +178,7 @@ class TextGenerator:
         self, prompt: Prompt, max_new_tokens: int | None, sampling: SamplingOptions | None, samples: int
     ) -> _Request:
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else _as_ids(prompt)
-        if not len(ids):
+        if not ids.size:
             ids = np.array([self.config.eos_token_id], np.int64)
         self.decoder.check_ids(ids, past=0)
         room = self.config.n_ctx - len(ids)
@@ -190,9 +188,10 @@ class TextGenerator:
             if type(value) is not int or value < 1:
                 raise RequestError(f"{name} is {value!r}, expected a whole number above 0")
         if max_new_tokens > room:
+            advice = f" or ask for at most {room}" if room else ""
             raise RequestError(
                 f"a prompt of {len(ids)} tokens and max_new_tokens {max_new_tokens} do not fit the model's context of "
-                f"{self.config.n_ctx}; shorten the prompt or ask for at most {room}"
+                f"{self.config.n_ctx}; shorten the prompt{advice}"
             )
         sampling = sampling or self.default_sampling
         return _Request(
@@ -201,17 +200,21 @@ class TextGenerator:
 
     def _steps(self, request: _Request) -> Iterator[dict[int, int]]:
         """Each step's chosen ids by sample; a sample is absent once it has ended."""
-        prompt_length = len(request.prompt_ids)
+        prompt_length, n_tokens = len(request.prompt_ids), self.tokenizer.n_vocab
         capacity = prompt_length + request.max_new_tokens - 1  # the last token is chosen, not run
         decoding = self.decoder.start(batch=request.samples, capacity=capacity)
-        logits = decoding.prefill(0, request.prompt_ids)[None].repeat(request.samples, axis=0)  # [B, V]
+        prefilled = decoding.prefill(0, request.prompt_ids)  # [V]
+        logits = np.broadcast_to(prefilled, (request.samples, len(prefilled)))  # [B, V]
         decoding.cache.repeat_row(0)
         going, current = list(range(request.samples)), np.full(request.samples, self.config.eos_token_id, np.int64)
         for position in range(prompt_length, prompt_length + request.max_new_tokens):
             if position > prompt_length:
                 logits = decoding.decode_step(current)
             chosen = {
-                sample: choose_token(logits[sample], request.sampling, random_uniform(request.seed, sample, position))
+                # an embedding may have more rows than there are tokens: padding, which stands for no text
+                sample: choose_token(
+                    logits[sample, :n_tokens], request.sampling, random_uniform(request.seed, sample, position)
+                )
                 for sample in going
             }
             yield chosen
@@ -247,14 +250,16 @@ def open_decoder(package: Package, *, device: Device = "cpu", threads: int | Non
     made_for = package.manifest.device
     if device != made_for:
         raise DeviceError(
-            f"{package.folder} was made for {made_for}, asked for {device}; convert with --device {device}"
+            f"{package.folder} was made for {made_for}, asked for {device}; load it with device {made_for}, or convert "
+            f"the checkpoint for {device}"
         )
     check_needs(package.manifest.needs, device=device)
     return Decoder.open(package.model_path, package.manifest.config, device=device, threads=threads)
 
 
 def _as_ids(ids: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
-    array = np.asarray(ids if len(ids) else np.empty(0, np.int64))
-    if array.ndim != 1 or array.dtype.kind not in "iu":
-        raise RequestError(f"token ids have shape {array.shape} and dtype {array.dtype}, expected one row of integers")
-    return array.astype(np.int64)
+    """Ids as an array of our own; `Decoder.check_ids` refuses what is no row of integers."""
+    try:
+        return np.array(ids if len(ids) else np.empty(0, np.int64))
+    except ValueError as error:
+        raise RequestError(f"token ids are no array ({error}), expected one row of integers") from error

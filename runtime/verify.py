@@ -9,10 +9,11 @@ the package gave where it was converted, and the greedy continuation the same id
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -125,9 +126,16 @@ def _print_json(results: Sequence[GoldenResult]) -> None:
     print_json(
         {
             "held": all(result.held for result in results),
-            "golden": [{"held": result.held, **asdict(result)} for result in results],
+            "golden": [{"held": result.held, **_json_values(result)} for result in results],
         }
     )
+
+
+def _json_values(result: GoldenResult) -> dict[str, Any]:
+    """JSON has no NaN, which a damaged model may give: null stands for it."""
+    differences = result.largest_difference.items()
+    finite = {way: difference if math.isfinite(difference) else None for way, difference in differences}
+    return {**asdict(result), "largest_difference": finite}
 
 
 def _print_table(results: Sequence[GoldenResult]) -> None:

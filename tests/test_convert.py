@@ -1,0 +1,408 @@
+"""Conversions from end to end: what comes out, what is refused, and what is left standing then."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import pty
+import struct
+import subprocess
+import sys
+import termios
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from export.checkpoint import read_checkpoint
+from export.convert import convert, main
+from export.verification import INT8_MAX_KL, PROMPTS
+from quantization.divergence import kl_divergence
+from runtime.errors import PackageError, VerificationError
+from runtime.package import Precision, open_package, read_manifest
+from runtime.text_generator import TextGenerator
+from tests.tiny import tiny_config, tiny_weights, write_safetensors_checkpoint
+from tests.write_tensorbundle import write_openai_checkpoint
+
+REPOSITORY = Path(__file__).parent.parent
+DEMO = REPOSITORY / "models" / "demo"
+
+DEMO_KL = 0.004
+"""Nats a token that int8 may cost the demo model. Measured: 0.0010."""
+
+DEMO_FP32_ERROR = 2e-4
+"""Of an fp32 logit of the demo model, whose logits reach 16. Measured: 2.5e-5."""
+
+
+def run_main(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str, str]:
+    status = main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def assert_one_line(text: str, *parts: str) -> None:
+    assert text.startswith("error: ")
+    assert text.count("\n") == 1
+    for part in parts:
+        assert part in text
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def with_outliers(folder: Path, tiny_checkpoint: Path) -> Path:
+    """What int8 activations cannot take: one channel a thousand times the others, which nothing reads.
+
+    The model's function is that of the rest, whose numbers fall between two steps of the row's scale.
+    """
+    config = read_checkpoint(tiny_checkpoint).config
+    weights = tiny_weights(config)
+    for layer in range(config.n_layer):
+        for norm, product in (("ln_1", "attn.c_attn"), ("ln_2", "mlp.c_fc")):
+            weights[f"h.{layer}.{norm}.weight"][3] = 1000
+            weights[f"h.{layer}.{product}.weight"][3] = 0
+    return write_safetensors_checkpoint(folder, config, weights, tokenizer_dir=tiny_checkpoint)
+
+
+# What comes out
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_the_demo_becomes_a_whole_package(request: pytest.FixtureRequest, precision: Precision) -> None:
+    package: Path = request.getfixturevalue(f"demo_{precision}")
+    manifest = open_package(package, full=True).manifest
+    assert manifest.precision == precision
+    assert manifest.config == read_checkpoint(DEMO).config
+    assert manifest.source.name == "demo"
+    assert manifest.source.layout == "safetensors"
+    assert set(manifest.tools) == {"gpt2-edge", "python", "numpy", "onnx", "onnxruntime", "tokenizers"}
+    on_disk = {path.relative_to(package).as_posix() for path in package.rglob("*") if path.is_file()}
+    assert set(manifest.files) == on_disk - {"manifest.json"}
+    assert len(manifest.golden) == len(PROMPTS)
+    assert all(golden.greedy_ids for golden in manifest.golden[1:])
+    assert set(manifest.quality) == {"tokens", "kl", "top1", "largest_difference", "greedy_agreement"}
+
+
+def test_the_demo_loses_little_at_int8(demo_int8: Path) -> None:
+    assert 0 < read_manifest(demo_int8).quality["kl"] <= DEMO_KL
+
+
+def test_the_demo_loses_nothing_at_fp32(demo_fp32: Path) -> None:
+    quality = read_manifest(demo_fp32).quality
+    assert quality["largest_difference"] <= DEMO_FP32_ERROR
+    assert quality["top1"] == quality["greedy_agreement"] == 1
+
+
+def test_every_layout_of_the_demo_gives_the_same_package(tmp_path: Path, demo_int8: Path) -> None:
+    checkpoint = read_checkpoint(DEMO)
+    weights = {name: checkpoint.tensors[name] for name in checkpoint.tensors}
+    writers: dict[str, Callable[..., Path]] = {
+        "openai-tensorflow": write_openai_checkpoint,
+        "safetensors": write_safetensors_checkpoint,
+        "safetensors-sharded": partial(write_safetensors_checkpoint, shards=3),
+    }
+    expected = read_manifest(demo_int8)
+    same = set(expected.files) - {"MODEL_CARD.md", "LICENSE"}
+    assert {"onnx/model_quantized.onnx", "onnx/model_quantized.onnx_data", "tokenizer.json"} < same
+    for layout, write in writers.items():
+        folder = write(tmp_path / layout, checkpoint.config, weights, tokenizer_dir=DEMO)
+        manifest = convert(folder, tmp_path / "packages" / layout).manifest
+        assert manifest.source.layout == layout
+        assert manifest.source.fingerprint == expected.source.fingerprint
+        assert {name: manifest.files[name] for name in same} == {name: expected.files[name] for name in same}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_files_are_readable_for_all(tiny_checkpoint: Path, tmp_path: Path, precision: Precision) -> None:
+    before = os.umask(0o022)
+    try:
+        package = convert(tiny_checkpoint, tmp_path / "x", precision=precision, allow_loss=True).package
+    finally:
+        os.umask(before)
+    files = [path for path in package.rglob("*") if path.is_file()]
+    assert {oct(path.stat().st_mode & 0o777) for path in files} == {"0o644"}
+    assert oct((package / "onnx").stat().st_mode & 0o777) == oct(package.stat().st_mode & 0o777) == "0o755"
+
+
+def test_a_folder_whose_name_is_no_text_is_converted(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/mod\xe8le"))
+    folder.symlink_to(tiny_checkpoint)
+    real = Path(os.fsdecode(os.fsencode(tmp_path) + b"/vrai mod\xe8le"))
+    write_safetensors_checkpoint(
+        real, read_checkpoint(tiny_checkpoint).config, read_checkpoint(tiny_checkpoint).tensors, tokenizer_dir=folder
+    )
+    assert convert(real, tmp_path / "x", precision="fp32").manifest.source.name == "vrai mod?le"
+
+
+# The command line
+
+
+def test_json_is_one_object_and_nothing_else(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    package = tmp_path / "x"
+    status, out, err = run_main(capsys, tiny_checkpoint, "--precision", "fp32", "--output", package, "--json")
+    result, manifest = json.loads(out), read_manifest(package)
+    assert (status, err, out.count("\n")) == (0, "", 1)
+    assert set(result) == {"package", "precision", "bytes", "parameters", "fingerprint", "quality", "seconds"}
+    assert result["package"] == str(package)
+    assert result["parameters"] == manifest.config.parameter_count
+    assert result["fingerprint"] == manifest.source.fingerprint
+    assert result["quality"] == manifest.quality
+    on_disk = sum(path.stat().st_size for path in package.rglob("*") if path.is_file())
+    assert result["bytes"] == on_disk - (package / "manifest.json").stat().st_size
+
+
+def test_people_are_told_what_it_cost_and_what_to_try(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, out, err = run_main(capsys, tiny_checkpoint, "--precision", "fp32", "--output", tmp_path / "x")
+    assert (status, err) == (0, "")
+    size, cost, next_step = out.splitlines()
+    assert size.startswith(f"{tmp_path / 'x'}: 0.")
+    assert cost.startswith("against the float32 reference over ")
+    assert next_step == f'try: python -m runtime.generate {tmp_path / "x"} "Once upon a time"'
+
+
+def test_names_give_the_default_places(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "mine").symlink_to(tiny_checkpoint)
+    assert run_main(capsys, "mine", "--allow-loss")[0] == 0
+    assert names(tmp_path / "packages") == ["tiny-int8"]
+
+
+def test_the_bar_is_drawn_on_a_terminal(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """What is no terminal gets no bar: see the other tests, whose stderr is empty."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
+    command = [sys.executable, "-m", "export.convert", str(tiny_checkpoint), "--precision", "fp32", "--output"]
+    done = subprocess.run(
+        [*command, str(tmp_path / "x")], cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=theirs, check=True, text=True
+    )
+    os.close(theirs)
+    shown = os.read(ours, 1 << 16).decode()
+    os.close(ours)
+    assert "weights 100%" in shown
+    assert "verification 100%" in shown
+    assert "%|" not in done.stdout
+    assert done.stdout.count("\n") == 3
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nonsense"], "nonsense: no checkpoint folder; looked at nonsense and models/nonsense; models holds demo"),
+        (["demo", "--device", "cuda"], "--device cuda: this version makes packages for the CPU only"),
+        (["export"], "export is no checkpoint that can be read"),
+    ],
+)
+def test_what_cannot_be_converted_is_told_in_one_line(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    status, out, err = run_main(capsys, *arguments, "--output", tmp_path / "x")
+    assert (status, out) == (2, "")
+    assert_one_line(err, message)
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("arguments", [[], ["demo", "--precision", "int3"], ["demo", "--device", "abacus"]])
+def test_bad_usage_is_told_in_one_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    captured = capsys.readouterr()
+    assert (caught.value.code, captured.out, captured.err.count("\n")) == (2, "", 1)
+    assert captured.err.endswith("; see python -m export.convert --help\n")
+
+
+def test_a_package_is_kept_without_force_and_replaced_with_it(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments: list[str | Path] = [tiny_checkpoint, "--precision", "fp32", "--output", tmp_path / "x"]
+    assert run_main(capsys, *arguments)[0] == 0
+    (tmp_path / "x" / "manifest.json").rename(tmp_path / "kept.json")
+    (tmp_path / "x" / "manifest.json").write_text((tmp_path / "kept.json").read_text() + "\n")
+    status, out, err = run_main(capsys, *arguments)
+    assert (status, out) == (2, "")
+    assert_one_line(err, "x exists and was kept; replace it with --force")
+    assert (tmp_path / "x" / "manifest.json").read_text().endswith("}\n\n")
+    assert run_main(capsys, *arguments, "--force")[0] == 0
+    assert not (tmp_path / "x" / "manifest.json").read_text().endswith("}\n\n")
+    assert names(tmp_path) == ["kept.json", "x"]
+
+
+def test_a_checkpoint_is_never_replaced_by_its_package(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "tiny"
+    write_safetensors_checkpoint(folder, tiny_config(), tiny_weights(tiny_config()))
+    before = names(folder)
+    status, _, err = run_main(capsys, tiny_checkpoint, "--output", folder, "--force")
+    assert status == 2
+    assert_one_line(err, "tiny is no package and was kept, --force or not")
+    assert names(folder) == before
+
+
+def flip(path: Path, *, at: float) -> None:
+    content = bytearray(path.read_bytes())
+    content[int(at * len(content))] ^= 0x10
+    path.write_bytes(content)
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 5)
+
+
+def poison(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[:-4] + np.float32(np.nan).tobytes())
+
+
+@pytest.mark.parametrize(
+    ("layout", "damage", "message"),
+    [
+        ("openai", partial(flip, at=0.5), "model/h1/mlp/c_fc/w is damaged: checksum 0x"),
+        ("openai", partial(flip, at=0.999), "model/wte is damaged: checksum 0x"),
+        ("openai", cut, "model/wte ends at byte "),
+        ("safetensors", cut, "model.safetensors"),
+        ("safetensors", poison, " holds NaN or Inf, first at ["),
+    ],
+)
+def test_a_damaged_checkpoint_leaves_the_old_package(  # noqa: PLR0917
+    layout: str,
+    damage: Callable[[Path], None],
+    message: str,
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    checkpoint, folder, package = read_checkpoint(tiny_checkpoint), tmp_path / "checkpoint", tmp_path / "packages" / "x"
+    write = write_openai_checkpoint if layout == "openai" else write_safetensors_checkpoint
+    write(folder, checkpoint.config, dict(checkpoint.tensors), tokenizer_dir=tiny_checkpoint)
+    convert(folder, package, precision="fp32")
+    before = (package / "manifest.json").read_bytes()
+    damage(next(path for path in folder.iterdir() if ".data-" in path.name or path.suffix == ".safetensors"))
+    status, out, err = run_main(capsys, folder, "--precision", "fp32", "--output", package, "--force")
+    assert (status, out) == (2, "")
+    assert_one_line(err, str(folder), message)
+    assert (package / "manifest.json").read_bytes() == before
+    open_package(package, full=True)
+    assert names(package.parent) == ["x"]
+
+
+def test_heads_that_onnxruntime_refuses_are_refused_in_one_line(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = replace(read_checkpoint(tiny_checkpoint).config, n_head=8)
+    folder = write_safetensors_checkpoint(
+        tmp_path / "checkpoint", config, tiny_weights(config), tokenizer_dir=tiny_checkpoint
+    )
+    status, _, err = run_main(capsys, folder, "--output", tmp_path / "x")
+    assert status == 2
+    assert_one_line(err, "n_embd / n_head = 32 / 8 = 4 numbers are not supported, expected a multiple of 8")
+    assert names(tmp_path) == ["checkpoint"]
+
+
+# The bars
+
+
+def test_a_model_that_int8_ruins_is_not_published(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = with_outliers(tmp_path / "checkpoint", tiny_checkpoint)
+    status, out, err = run_main(capsys, folder, "--output", tmp_path / "x")
+    assert (status, out) == (3, "")
+    assert_one_line(err, "int8 loses too much on this model: KL 0.", "--precision fp32", "--allow-loss")
+    assert names(tmp_path) == ["checkpoint"]
+
+
+def test_a_loss_that_is_allowed_is_published_and_told(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    folder = with_outliers(tmp_path / "checkpoint", tiny_checkpoint)
+    manifest = convert(folder, tmp_path / "x", allow_loss=True).manifest
+    assert manifest.quality["kl"] > INT8_MAX_KL
+    assert f"| {manifest.quality['kl']:.2g} |" in (tmp_path / "x" / "MODEL_CARD.md").read_text(encoding="utf-8")
+    assert convert(folder, tmp_path / "y", precision="fp32").manifest.quality["kl"] < 1e-6
+
+
+def test_a_checkpoint_that_changes_meanwhile_is_not_published(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """The graph is built of other weights than those that it is then held against."""
+    config = read_checkpoint(tiny_checkpoint).config
+    write = partial(write_safetensors_checkpoint, tmp_path / "checkpoint", config, tokenizer_dir=tiny_checkpoint)
+    write(tiny_weights(config))
+
+    def progress(what: str, done: int, _total: int) -> None:
+        if (what, done) == ("verification", 1):
+            write(tiny_weights(config, seed=1))
+
+    with pytest.raises(VerificationError, match="the fp32 graph is not the model"):
+        convert(tmp_path / "checkpoint", tmp_path / "x", precision="fp32", progress=progress)
+    assert names(tmp_path) == ["checkpoint"]
+
+
+# Readers meanwhile
+
+
+def test_a_reader_sees_the_old_package_or_the_new_one_or_is_told(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """A package of other weights takes the name again and again while a reader opens it.
+
+    Between two files of one reading the exchange may come: that is refused as altered, and never a missing package.
+    """
+    config, package = read_checkpoint(tiny_checkpoint).config, tmp_path / "x"
+    folders = [
+        write_safetensors_checkpoint(
+            tmp_path / str(seed), config, tiny_weights(config, seed), tokenizer_dir=tiny_checkpoint
+        )
+        for seed in (0, 1)
+    ]
+    published = {
+        convert(folder, package, precision="fp32", force=True).manifest.source.fingerprint for folder in folders
+    }
+    done, opened, refused = threading.Event(), set(), []
+
+    def read() -> None:
+        while not done.is_set():
+            try:
+                opened.add(open_package(package, full=True).manifest.source.fingerprint)
+            except PackageError as error:
+                refused.append(str(error))
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    for folder in folders * 5:
+        convert(folder, package, precision="fp32", force=True)
+    done.set()
+    reader.join()
+    assert opened == published
+    assert all("was altered" in message or "bytes, the manifest says" in message for message in refused)
+    assert all("missing" not in message and "no such folder" not in message for message in refused)
+    open_package(package, full=True)
+
+
+def test_a_generator_keeps_the_package_that_it_loaded(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    config, package = read_checkpoint(tiny_checkpoint).config, tmp_path / "x"
+    convert(tiny_checkpoint, package, precision="fp32")
+    generator, ids = TextGenerator.load(package), np.arange(20)
+    before = np.concatenate(list(generator.decoder.logits(ids)))
+    other = write_safetensors_checkpoint(
+        tmp_path / "other", config, tiny_weights(config, seed=1), tokenizer_dir=tiny_checkpoint
+    )
+    convert(other, package, precision="fp32", force=True)
+    np.testing.assert_array_equal(np.concatenate(list(generator.decoder.logits(ids))), before)
+    after = np.concatenate(list(TextGenerator.load(package).decoder.logits(ids)))
+    assert kl_divergence(before, after).mean() > INT8_MAX_KL
