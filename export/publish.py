@@ -8,10 +8,8 @@ for moments only, so conversions to other places go on.
 
 What a reader sees meanwhile: the name always leads to a whole package (but for that blink), the old one or the new one.
 A reader opens files one by one, though, and the exchange may come in between. Then it holds an old manifest against new
-files: `open_package` refuses them as altered, and opening again succeeds. The weights are the gap, as their sha256 is
-not checked at every load: a graph opened before the exchange would take weights of the same shapes opened after it.
-A reader that has loaded keeps what it has. So whoever replaces packages under applications that start at any moment
-should give every version its own folder.
+files: `open_package` refuses them as altered, `open_decoder` reads the manifest once more when the graph is open and
+refuses another one, and opening again succeeds. A reader that has loaded keeps what it has.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from dataclasses import asdict, replace
 from typing import get_args
 
 from .command_line import CommandLineParser, print_json, run_command
-from .errors import TokenizerError
+from .errors import RequestError, TokenizerError
 from .package import Device
 from .sampling import SamplingOptions
 from .text_generator import DEFAULT_NEW_TOKENS, Generation, TextGenerator
@@ -59,7 +59,10 @@ def _generate(options: argparse.Namespace) -> int:
     sampling = _sampling(options, generator.default_sampling)
     if options.interactive:
         for prompt in _typed_prompts():
-            _write(generator, prompt, sampling, options)
+            try:
+                _write(generator, prompt, sampling, options)
+            except RequestError as error:  # too long, say: the next line may be shorter
+                print(f"error: {error}", file=sys.stderr)
     else:
         prompt = _text(sys.stdin.buffer.read()) if options.prompt == "-" else options.prompt
         _write(generator, prompt, sampling, options)

@@ -218,23 +218,26 @@ def _manifest_from_values(values: dict[str, Any]) -> Manifest:
         raise ValueError(f"precision {values['precision']!r}, expected one of {', '.join(MODEL_FILES)}")
     if values["device"] not in get_args(Device):
         raise ValueError(f"device {values['device']!r}, expected one of {', '.join(get_args(Device))}")
-    needs = values["needs"]
+    config, needs = GPT2Config.from_dict(values["config"]), values["needs"]
     return Manifest(
         **{
             **values,
-            "config": GPT2Config.from_dict(values["config"]),
+            "config": config,
             "needs": Needs(onnxruntime=needs["onnxruntime"], processor=tuple(needs["processor"])),
             "source": Source(**values["source"]),
             "files": {name: FileEntry(**entry) for name, entry in values["files"].items()},
-            "golden": tuple(_golden_from_values(golden) for golden in values["golden"]),
+            "golden": tuple(_golden_from_values(golden, config.n_vocab) for golden in values["golden"]),
         }
     )
 
 
-def _golden_from_values(values: dict[str, Any]) -> GoldenPrompt:
+def _golden_from_values(values: dict[str, Any], n_vocab: int) -> GoldenPrompt:
+    top_ids = tuple(map(int, values["top_ids"]))
+    if not top_ids or not 0 <= min(top_ids) <= max(top_ids) < n_vocab:
+        raise ValueError(f"golden top_ids {top_ids} are not ids of the model")
     return GoldenPrompt(
         prompt_ids=tuple(map(int, values["prompt_ids"])),
-        top_ids=tuple(map(int, values["top_ids"])),
+        top_ids=top_ids,
         oracle_logits=tuple(map(float, values["oracle_logits"])),
         package_logits=tuple(map(float, values["package_logits"])),
         greedy_ids=tuple(map(int, values["greedy_ids"])),

@@ -82,17 +82,28 @@ def open_session(
 
 
 def check_needs(needs: Needs, *, device: Device) -> None:
-    """Refuse a package whose arithmetic this processor would get wrong.
+    """Refuse a package that this onnxruntime cannot run, or whose arithmetic this processor would get wrong.
 
     Raises:
-        DeviceError: the processor has none of the features that the package needs.
+        DeviceError: onnxruntime is too old, or the processor has none of the features that the package needs.
     """
+    installed = load_onnxruntime().__version__
+    if _version(installed) < _version(needs.onnxruntime):
+        raise DeviceError(
+            f"this package needs onnxruntime {needs.onnxruntime} or newer, installed is {installed}; update it with: "
+            "pip install --upgrade onnxruntime"
+        )
     have = processor_features() if device == "cpu" else None
     if needs.processor and have is not None and have.isdisjoint(needs.processor):
         raise DeviceError(
             f"this package needs a processor with one of {', '.join(needs.processor)}, this one "
             f"({platform.machine()}) has none, and its results would be wrong; convert with --precision fp32"
         )
+
+
+def _version(text: str) -> tuple[int, ...]:
+    """1.23.2 -> (1, 23, 2); what is no number (a development build's suffix) counts as 0."""
+    return tuple(int(part) if part.isdigit() else 0 for part in text.split(".")[:3])
 
 
 def processor_features() -> frozenset[str] | None:

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from .config import GPT2Config
 from .decoder import Decoder
-from .errors import DeviceError, RequestError
-from .package import Device, Package, open_package
+from .errors import DeviceError, PackageError, RequestError
+from .package import Device, Package, open_package, read_manifest
 from .sampling import SamplingOptions, choose_token, fresh_seed, random_uniform
 from .session import check_needs
 from .tokenizer import Tokenizer
@@ -97,8 +97,8 @@ class TextGenerator:
             MachineError: memory ran out.
         """
         opened = open_package(package)
-        decoder = open_decoder(opened, device=device, threads=threads)
-        return cls(opened, decoder, Tokenizer.load(opened.tokenizer_path))
+        tokenizer = Tokenizer.load(opened.tokenizer_path)
+        return cls(opened, open_decoder(opened, device=device, threads=threads), tokenizer)
 
     @property
     def config(self) -> GPT2Config:
@@ -254,7 +254,10 @@ def open_decoder(package: Package, *, device: Device = "cpu", threads: int | Non
             f"the checkpoint for {device}"
         )
     check_needs(package.manifest.needs, device=device)
-    return Decoder.open(package.model_path, package.manifest.config, device=device, threads=threads)
+    decoder = Decoder.open(package.model_path, package.manifest.config, device=device, threads=threads)
+    if read_manifest(package.folder) != package.manifest:
+        raise PackageError(f"{package.folder} was replaced while it was opened; open it again")
+    return decoder
 
 
 def _as_ids(ids: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:

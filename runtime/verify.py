@@ -74,8 +74,9 @@ def run_each_way(
     """
     ids: list[int] = prompt.tolist()
     logits: list[NDArray[np.float32]] = []
-    decoding = decoder.start(batch=1, capacity=len(prompt) + n_greedy)
-    while len(logits) < max(len(prompt), len(prompt) + n_greedy - 1):
+    to_run = max(len(prompt), len(prompt) + n_greedy - 1)  # the last id is chosen, not run
+    decoding = decoder.start(batch=1, capacity=to_run)
+    while len(logits) < to_run:
         logits.append(decoding.decode_step(np.array([ids[len(logits)]], np.int64)).copy())
         if len(logits) == len(ids) and len(ids) < len(prompt) + n_greedy:
             ids.append(int(logits[-1].argmax()))
