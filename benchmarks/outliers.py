@@ -2,9 +2,9 @@
 
     scripts/bench outliers CHECKPOINT [--tokens sampled|random] [--count 2048] [--seed 0] [--json]
 
-Each model is converted to fp32 and to int8 (the latter whatever it loses), and both are held against the original's
-fp32 package over the same ids: sampled from that package (text in the model's own style), or uniform random ids (for
-random weights, whose samples mean nothing). fp32 figures show that planting left the function alone.
+Each model is converted to int8, whatever it loses, and held against the original's fp32 package over the same ids:
+sampled from that package (text in the model's own style), or uniform random ids (for random weights, whose samples mean
+nothing). The planted models are converted to fp32 too: their figures show that planting left the function alone.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from runtime.text_generator import TextGenerator, open_decoder
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tests/ is not installed
 
-from tests.outliers import plant_activation_outliers, plant_norm_outliers  # noqa: E402
-from tests.tiny import write_safetensors_checkpoint  # noqa: E402
+from tests.outliers import plant_activation_outliers, plant_norm_outliers
+from tests.tiny import write_safetensors_checkpoint
 
 WINDOW_TOKENS = 256
 """Tokens of one sequence."""
@@ -81,14 +81,22 @@ def main() -> int:
 
 
 def measure(checkpoint: Path, work: Path, options: argparse.Namespace) -> Iterator[Row]:
-    """Every model in both precisions; planted models are written, converted and removed one after the other."""
-    original = _convert(checkpoint, work / "original-fp32", "fp32")
+    """The original in int8, then each planted model in both precisions, written and removed one after the other."""
+    original = _convert(checkpoint, work / "original", "fp32")
     sequences = _sequences(original, options)
     reference = open_decoder(open_package(original))
-    yield from _compare_both("original", checkpoint, work, reference, sequences)
+
+    def held_against_original(name: str, folder: Path, precision: Precision) -> Row:
+        package = _convert(folder, work / "package", precision)
+        row = _compare(name, precision, reference, open_decoder(open_package(package)), sequences)
+        shutil.rmtree(package)
+        return row
+
+    yield held_against_original("original", checkpoint, "int8")
     for name in ("norm outliers", "activation outliers"):
         planted = _plant(name, checkpoint, work / "planted")
-        yield from _compare_both(name, planted, work, reference, sequences)
+        yield held_against_original(name, planted, "fp32")
+        yield held_against_original(name, planted, "int8")
         shutil.rmtree(planted)
 
 
@@ -103,16 +111,6 @@ def _plant(name: str, checkpoint: Path, folder: Path) -> Path:
     write_safetensors_checkpoint(folder, config, weights)
     write_tokenizer(build_tokenizer(checkpoint, n_vocab=config.n_vocab), folder, config.n_ctx)
     return folder
-
-
-def _compare_both(
-    name: str, checkpoint: Path, work: Path, reference: Decoder, sequences: list[Int64Array]
-) -> Iterator[Row]:
-    precisions: tuple[Precision, ...] = ("fp32", "int8")
-    for precision in precisions:
-        package = _convert(checkpoint, work / "package", precision)
-        yield _compare(name, precision, reference, open_decoder(open_package(package)), sequences)
-        shutil.rmtree(package)
 
 
 def _convert(checkpoint: Path, output: Path, precision: Precision) -> Path:

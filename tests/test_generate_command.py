@@ -74,6 +74,13 @@ def test_interactive_answers_line_by_line(demo_int8: Path, generator: TextGenera
     assert (status, out, err) == (0, "".join(answers), "prompt >>> " * 4 + "\n")
 
 
+def test_interactive_goes_on_after_a_prompt_that_is_too_long(demo_int8: Path, generator: TextGenerator) -> None:
+    typed = f"{'word ' * 1000}\n{PROMPT}\n"
+    status, out, err = run(demo_int8, "--interactive", "--greedy", "--max-new-tokens", "5", stdin=typed.encode())
+    assert (status, out) == (0, expected(generator, PROMPT, 5, do_sample=False) + "\n")
+    assert "do not fit the model's context of 512; shorten the prompt" in err
+
+
 def test_ctrl_c_ends_with_130_and_one_line(demo_int8: Path) -> None:
     with command(demo_int8, "--interactive") as process:
         assert process.stderr is not None

@@ -252,6 +252,8 @@ def test_another_layout_of_the_same_json_is_no_alteration(package: Path) -> None
         (lambda values: values.update(needs={}), "onnxruntime"),
         (lambda values: values["config"].update(n_head=7), "no multiple of n_head 7"),
         (lambda values: values["golden"][0].pop("top_ids"), "top_ids"),
+        (lambda values: values["golden"][0].update(top_ids=[10**6]), "are not ids of the model"),
+        (lambda values: values["golden"][0].update(top_ids=[]), "are not ids of the model"),
     ],
 )
 def test_a_malformed_manifest_is_refused(package: Path, change: Callable[[Any], None], message: str) -> None:

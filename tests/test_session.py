@@ -94,6 +94,16 @@ def test_one_of_the_needed_features_is_enough() -> None:
     check_needs(Needs(onnxruntime="1.32.0", processor=("made_up", min(features))), device="cpu")
 
 
+def test_an_onnxruntime_that_is_too_old_is_refused_with_both_versions() -> None:
+    installed = load_onnxruntime().__version__
+    with pytest.raises(DeviceError, match=rf"needs onnxruntime 99\.0\.1 or newer, installed is {installed}; update it"):
+        check_needs(Needs(onnxruntime="99.0.1"), device="cpu")
+
+
+def test_versions_are_compared_as_numbers() -> None:
+    check_needs(Needs(onnxruntime="1.3.0"), device="cpu")  # as text, 1.3 would come after 1.23
+
+
 def test_a_package_that_needs_nothing_runs_on_any_processor() -> None:
     check_needs(Needs(onnxruntime="1.32.0"), device="cpu")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +12,17 @@ import pytest
 
 from export.checkpoint import read_checkpoint
 from export.reference import reference_logits
-from runtime import GPT2EdgeError, MachineError, RequestError, SamplingOptions, TextGenerator, TokenizerError
-from runtime.text_generator import DEFAULT_NEW_TOKENS
+from runtime import (
+    GPT2EdgeError,
+    MachineError,
+    PackageError,
+    RequestError,
+    SamplingOptions,
+    TextGenerator,
+    TokenizerError,
+)
+from runtime.package import open_package, write_manifest
+from runtime.text_generator import DEFAULT_NEW_TOKENS, open_decoder
 
 from .conftest import BYTES_AND_END, DEMO_CHECKPOINT, bytes_checkpoint, converted
 
@@ -52,6 +61,19 @@ def seeded(seed: int) -> SamplingOptions:
 
 def unlikely_to_stop(seed: int) -> SamplingOptions:
     return SamplingOptions(seed=seed, top_k=0)
+
+
+# Loading
+
+
+def test_a_package_that_was_replaced_while_it_was_opened_is_refused(
+    copied: Callable[[Path], Path], tiny_fp32: Path, demo_fp32: Path
+) -> None:
+    folder = copied(tiny_fp32)
+    opened = open_package(folder)
+    write_manifest(folder, replace(opened.manifest, source=open_package(demo_fp32).manifest.source))
+    with pytest.raises(PackageError, match="was replaced while it was opened; open it again"):
+        open_decoder(opened)
 
 
 # Scores

@@ -59,7 +59,7 @@ def decoder_of(folder: Path, config: GPT2Config, tensors: Tensors, precision: Pr
     return Decoder.open(folder / "model.onnx", config)
 
 
-def verification(kl: float = 0.0, relative: float = 0.0, greedy: float = 1.0) -> Verification:
+def verification(kl: float = 0.0, relative: float = 0.0, greedy: float = 1.0, faults: int = 0) -> Verification:
     return Verification(
         tokens=1,
         kl=kl,
@@ -67,6 +67,7 @@ def verification(kl: float = 0.0, relative: float = 0.0, greedy: float = 1.0) ->
         largest_difference=0.0,
         largest_relative_difference=relative,
         greedy_agreement=greedy,
+        greedy_faults=faults,
         golden=(),
     )
 
@@ -80,6 +81,7 @@ def test_a_right_fp32_graph_passes(tmp_path: Path, config: GPT2Config, tokenizer
     check(measured, "fp32")
     assert measured.largest_relative_difference <= FP32_ERROR
     assert measured.top1 == measured.greedy_agreement == 1
+    assert measured.greedy_faults == 0
 
 
 @pytest.mark.parametrize(
@@ -157,7 +159,7 @@ def test_the_bars_are_inclusive(precision: Precision, passes: Verification) -> N
     [
         ("fp32", verification(relative=2 * FP32_TOLERANCE), "up to 0.002 standard deviations, expected at most 0.001"),
         ("fp32", verification(relative=float("nan")), "up to nan standard deviations"),
-        ("fp32", verification(greedy=0.5), "50.0% of its greedy ids agree"),
+        ("fp32", verification(greedy=0.5, faults=8), "50.0% of its greedy ids agree"),
         ("int8", verification(kl=0.03), "KL 0.0300 nats a token, expected at most 0.02; convert with --precision fp32"),
         ("int8", verification(kl=float("nan")), "KL nan nats a token"),
     ],
