@@ -100,11 +100,12 @@ def _find_release(
             release.repository, release.revision, weights_sha256=release.weights_sha256, progress=progress
         )
     except UnreachableError as hub_error:
-        logger.warning("%s; taking OpenAI's own files instead", hub_error)
         try:
-            return _download_openai(release, openai_dir, progress)
+            _download_openai(release, openai_dir, progress)
         except UnreachableError as error:
             raise UnreachableError(f"{size}: cannot be downloaded: {hub_error}; nor from OpenAI: {error}") from error
+        logger.warning("%s: these are OpenAI's own files, for the hub failed: %s", size, hub_error)
+        return openai_dir
 
 
 def _find_repository(
@@ -122,7 +123,7 @@ def _find_repository(
         raise UnreachableError(f"{error}; nor is there a folder {' or '.join(tried)}", error.status) from error
 
 
-def _download_openai(release: Release, folder: Path, progress: Progress | None) -> Path:
+def _download_openai(release: Release, folder: Path, progress: Progress | None) -> None:
     for file_name, known in release.openai_files.items():
         fetch(
             f"{release.openai_url}/{file_name}",
@@ -131,7 +132,6 @@ def _download_openai(release: Release, folder: Path, progress: Progress | None) 
             size=known.bytes,
             progress=progress,
         )
-    return folder
 
 
 def _not_here(name: str, places: Sequence[str], wanted: str) -> CheckpointError:

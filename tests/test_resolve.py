@@ -321,7 +321,7 @@ def test_without_the_hub_openai_has_it(
     assert read_checkpoint(found.folder).layout == "openai-tensorflow"
     assert hub.ranges(f"/gpt-2/models/774M/{DATA}") == [0, 70_000]
     [warning] = caplog.messages
-    assert warning.endswith(" HTTP 404 Not Found); taking OpenAI's own files instead")
+    assert warning.startswith("774M: these are OpenAI's own files, for the hub failed: openai-community/gpt2-large@")
     asked = len(hub.requests)
     assert find_checkpoint("gpt2-large", models, releases=releases, offline=True) == found
     assert len(hub.requests) == asked
@@ -335,7 +335,9 @@ def test_openais_files_are_proved(hub: HubServer, models: Path, releases: dict[s
     assert "vocab.bpe" not in " ".join(names(tmp_path / "home" / "gpt2-edge" / "openai" / "774M"))
 
 
-def test_nowhere_to_download_from_names_both(hub: HubServer, models: Path, releases: dict[str, Release]) -> None:
+def test_nowhere_to_download_from_names_both(
+    hub: HubServer, models: Path, releases: dict[str, Release], caplog: pytest.LogCaptureFixture
+) -> None:
     del hub.repositories["openai-community/gpt2-large"]
     hub.plain.clear()
     with pytest.raises(
