@@ -10,10 +10,10 @@ import itertools
 import platform
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from tqdm import tqdm
@@ -38,6 +38,7 @@ from runtime.text_generator import TextGenerator
 
 from .checkpoint import Checkpoint, read_checkpoint
 from .client_files import write_client_files, write_license, write_model_card
+from .download import Progress
 from .fingerprint import FingerprintedTensors
 from .graph import ATTENTION, OPSET, build_graph
 from .onnx_builder import WeightsFile
@@ -52,9 +53,6 @@ OLDEST_ONNXRUNTIME: Mapping[Precision, str] = {"fp32": "1.22.1", "int8": "1.23.2
 
 INT8_FEATURES = ("avx512_vnni", "avx_vnni", "asimddp")
 """Linux's names of processor features, any of which multiplies uint8 by int8 without saturating at 16 bits."""
-
-Progress = Callable[[str, int, int], None]
-"""(what is done, steps done, steps in all)"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +81,7 @@ def convert(
     folder: Path,
     output: Path,
     *,
+    name: str | None = None,
     precision: Precision = "int8",
     force: bool = False,
     allow_loss: bool = False,
@@ -93,6 +92,7 @@ def convert(
     Args:
         folder: the checkpoint.
         output: the package's place.
+        name: what the checkpoint is called; without it, as its folder is.
         precision: "fp32" or "int8".
         force: replace a package that is there.
         allow_loss: publish even if quantization cost more than the bar allows.
@@ -112,7 +112,10 @@ def convert(
         write_tokenizer(tokenizer, staging, checkpoint.config.n_ctx)
         write_client_files(staging, checkpoint.config, precision)
         write_license(staging, folder)
-        manifest = _describe(staging, checkpoint, precision, fingerprint, weights_entry)
+        source = Source(
+            name=_plain_text(name or folder.resolve().name), layout=checkpoint.layout, fingerprint=fingerprint
+        )
+        manifest = _describe(staging, checkpoint, precision, source, weights_entry)
         write_manifest(staging, manifest)
 
         verification = _verify(staging, checkpoint, precision, progress)
@@ -144,7 +147,7 @@ def _write_model(
 
 
 def _describe(
-    staging: Path, checkpoint: Checkpoint, precision: Precision, fingerprint: str, weights_entry: FileEntry
+    staging: Path, checkpoint: Checkpoint, precision: Precision, source: Source, weights_entry: FileEntry
 ) -> Manifest:
     tools = ("numpy", "onnx", "onnxruntime", "tokenizers")
     return Manifest(
@@ -154,16 +157,16 @@ def _describe(
         attention=ATTENTION,
         opset=OPSET,
         needs=Needs(onnxruntime=OLDEST_ONNXRUNTIME[precision], processor=INT8_FEATURES if precision == "int8" else ()),
-        source=Source(name=_plain_name(checkpoint.folder), layout=checkpoint.layout, fingerprint=fingerprint),
+        source=source,
         tools={"gpt2-edge": runtime.__version__, "python": platform.python_version()}
         | {name: version(name) for name in tools},
         files=_file_entries(staging, precision, weights_entry),
     )
 
 
-def _plain_name(folder: Path) -> str:
-    """A folder's name as text; bytes in it that are no UTF-8 become question marks."""
-    return folder.resolve().name.encode(errors="replace").decode()
+def _plain_text(name: str) -> str:
+    """A name as text; bytes in it that are no UTF-8 become question marks."""
+    return name.encode(errors="replace").decode()
 
 
 def _file_entries(staging: Path, precision: Precision, weights_entry: FileEntry) -> dict[str, FileEntry]:
@@ -198,11 +201,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         prog="python -m export.convert",
         description="Turn a GPT-2 checkpoint into a verified ONNX package.",
     )
-    parser.add_argument("checkpoint", help="a folder, or a name under the models folder")
+    parser.add_argument("checkpoint", help="a folder, a name under the models folder, a size (774M), a Hugging Face id")
     parser.add_argument("--precision", choices=list(MODEL_FILES), default="int8")
     parser.add_argument("--device", choices=["cpu", "cuda", "tensorrt"], default="cpu")
     parser.add_argument("--output", type=Path, metavar="DIR", help="default: packages/<name>-<precision>")
     parser.add_argument("--models-dir", type=Path, default=Path("models"), metavar="DIR", help="default: models")
+    parser.add_argument("--offline", action="store_true", help="download nothing; so does HF_HUB_OFFLINE=1")
     parser.add_argument("--force", action="store_true", help="replace the package that is there")
     parser.add_argument("--allow-loss", action="store_true", help="publish even if int8 costs more than the bar allows")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout, nothing else")
@@ -214,12 +218,12 @@ def _convert(options: argparse.Namespace) -> int:
         raise DeviceError(
             f"--device {options.device}: this version makes packages for the CPU only; leave --device out"
         )
-    folder = find_checkpoint(options.checkpoint, options.models_dir)
-    output = options.output or Path("packages") / f"{folder.resolve().name}-{options.precision}"
     with _Bar() as bar:
+        found = find_checkpoint(options.checkpoint, options.models_dir, offline=options.offline, progress=bar.show)
         conversion = convert(
-            folder,
-            output,
+            found.folder,
+            options.output or Path("packages") / f"{PurePath(found.name).name}-{options.precision}",
+            name=found.name,
             precision=options.precision,
             force=options.force,
             allow_loss=options.allow_loss,
