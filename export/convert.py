@@ -36,10 +36,10 @@ from runtime.package import (
 )
 from runtime.text_generator import TextGenerator
 
-from .checkpoint import Checkpoint, read_checkpoint
+from .adopt import GraphOrigin, GraphSource, check_rows, opened
+from .checkpoint import Checkpoint
 from .client_files import write_client_files, write_license, write_model_card
 from .fingerprint import FingerprintedTensors
-from .graph import ATTENTION, OPSET, build_graph
 from .onnx_builder import WeightsFile
 from .publish import staged
 from .resolve import find_checkpoint
@@ -84,6 +84,7 @@ def convert(
     output: Path,
     *,
     precision: Precision = "int8",
+    origin: GraphOrigin = "built",
     force: bool = False,
     allow_loss: bool = False,
     progress: Progress | None = None,
@@ -91,9 +92,10 @@ def convert(
     """Turn a checkpoint into a package that was verified, or leave everything as it was.
 
     Args:
-        folder: the checkpoint.
+        folder: the checkpoint, or the export if that is the graph's origin.
         output: the package's place.
         precision: "fp32" or "int8".
+        origin: who makes the graph, see `export.adopt`.
         force: replace a package that is there.
         allow_loss: publish even if quantization cost more than the bar allows.
         progress: called as the work goes on.
@@ -105,17 +107,17 @@ def convert(
     """
     started = time.perf_counter()
     progress = progress or (lambda _what, _done, _steps: None)
-    checkpoint = read_checkpoint(folder)
-    tokenizer = build_tokenizer(folder, n_vocab=checkpoint.config.n_vocab)
-    with staged(output, force=force) as staging:
-        weights_entry, fingerprint = _write_model(staging, checkpoint, precision, progress)
-        write_tokenizer(tokenizer, staging, checkpoint.config.n_ctx)
-        write_client_files(staging, checkpoint.config, precision)
+    with opened(folder, origin) as source, staged(output, force=force) as staging:
+        config = source.checkpoint.config
+        tokenizer = build_tokenizer(folder, n_vocab=config.n_vocab)
+        weights_entry, fingerprint = _write_model(staging, source, precision, progress)
+        write_tokenizer(tokenizer, staging, config.n_ctx)
+        write_client_files(staging, config, precision, source.attention)
         write_license(staging, folder)
-        manifest = _describe(staging, checkpoint, precision, fingerprint, weights_entry)
+        manifest = _describe(staging, source, precision, fingerprint, weights_entry)
         write_manifest(staging, manifest)
 
-        verification = _verify(staging, checkpoint, precision, progress)
+        verification = _verify(staging, source.checkpoint, precision, progress)
         check(verification, precision, allow_loss=allow_loss)
 
         manifest = replace(manifest, quality=verification.quality(), golden=verification.golden)
@@ -126,37 +128,36 @@ def convert(
     return Conversion(output, manifest, verification, time.perf_counter() - started)
 
 
-def _write_model(
-    staging: Path, checkpoint: Checkpoint, precision: Precision, progress: Progress
-) -> tuple[FileEntry, str]:
+def _write_model(staging: Path, source: GraphSource, precision: Precision, progress: Progress) -> tuple[FileEntry, str]:
     """Write graph and weights, one tensor in memory at a time; the weights file's entry, the source's fingerprint."""
     model_path = staging / MODEL_FILES[precision]
     model_path.parent.mkdir()
-    tensors = FingerprintedTensors(
-        checkpoint.tensors, lambda done: progress("weights", done, checkpoint.config.parameter_count)
-    )
+    config = source.checkpoint.config
+    tensors = FingerprintedTensors(source.tensors, lambda done: progress("weights", done, config.parameter_count))
     location = model_path.name + WEIGHTS_SUFFIX
     with (model_path.parent / location).open("wb") as file:
         weights = WeightsFile(file, location)
-        model = build_graph(checkpoint.config, tensors, precision, weights)
+        model = source.write_graph(config, tensors, precision, weights)
     model_path.write_bytes(model.SerializeToString(deterministic=True))
     return weights.entry(), tensors.fingerprint()
 
 
 def _describe(
-    staging: Path, checkpoint: Checkpoint, precision: Precision, fingerprint: str, weights_entry: FileEntry
+    staging: Path, source: GraphSource, precision: Precision, fingerprint: str, weights_entry: FileEntry
 ) -> Manifest:
+    checkpoint = source.checkpoint
     tools = ("numpy", "onnx", "onnxruntime", "tokenizers")
     return Manifest(
         config=checkpoint.config,
         precision=precision,
         device="cpu",
-        attention=ATTENTION,
-        opset=OPSET,
+        attention=source.attention,
+        opset=source.opset,
         needs=Needs(onnxruntime=OLDEST_ONNXRUNTIME[precision], processor=INT8_FEATURES if precision == "int8" else ()),
         source=Source(name=_plain_name(checkpoint.folder), layout=checkpoint.layout, fingerprint=fingerprint),
         tools={"gpt2-edge": runtime.__version__, "python": platform.python_version()}
-        | {name: version(name) for name in tools},
+        | {name: version(name) for name in tools}
+        | dict(source.tools),
         files=_file_entries(staging, precision, weights_entry),
     )
 
@@ -179,13 +180,16 @@ def _verify(staging: Path, checkpoint: Checkpoint, precision: Precision, progres
     """Open the package with the real runtime and hold it against the oracle."""
     generator = TextGenerator.load(staging)
     steps, total = itertools.count(1), len(PROMPTS) + checkpoint.config.n_layer + 1
-    return verify_decoder(
+    verification = verify_decoder(
         generator.decoder,
         generator.tokenizer,
         checkpoint.tensors,
         precision,
         progress=lambda _line: progress("verification", next(steps), total),
     )
+    if generator.decoder.attention == "plain":
+        check_rows(generator.decoder, verification.golden)
+    return verification
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -198,7 +202,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         prog="python -m export.convert",
         description="Turn a GPT-2 checkpoint into a verified ONNX package.",
     )
-    parser.add_argument("checkpoint", help="a folder, or a name under the models folder")
+    parser.add_argument("checkpoint", nargs="?", help="a folder, or a name under the models folder")
+    parser.add_argument("--from-onnx", type=Path, metavar="DIR", help="instead: a folder that optimum exported")
+    parser.add_argument("--exporter", choices=["own", "optimum"], help="who makes a checkpoint's graph; default: own")
     parser.add_argument("--precision", choices=list(MODEL_FILES), default="int8")
     parser.add_argument("--device", choices=["cpu", "cuda", "tensorrt"], default="cpu")
     parser.add_argument("--output", type=Path, metavar="DIR", help="default: packages/<name>-<precision>")
@@ -206,7 +212,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--force", action="store_true", help="replace the package that is there")
     parser.add_argument("--allow-loss", action="store_true", help="publish even if int8 costs more than the bar allows")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout, nothing else")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if (options.checkpoint is None) == (options.from_onnx is None):
+        parser.error("name either a checkpoint or --from-onnx DIR")
+    if options.from_onnx and options.exporter:
+        parser.error("--from-onnx and --exporter contradict each other: an export has its graph")
+    return options
 
 
 def _convert(options: argparse.Namespace) -> int:
@@ -214,13 +225,16 @@ def _convert(options: argparse.Namespace) -> int:
         raise DeviceError(
             f"--device {options.device}: this version makes packages for the CPU only; leave --device out"
         )
-    folder = find_checkpoint(options.checkpoint, options.models_dir)
-    output = options.output or Path("packages") / f"{folder.resolve().name}-{options.precision}"
+    origin: GraphOrigin = "adopted" if options.from_onnx else "optimum" if options.exporter == "optimum" else "built"
+    folder = options.from_onnx or find_checkpoint(options.checkpoint, options.models_dir)
+    name = folder.resolve().name + ("-optimum" if origin == "optimum" else "")
+    output = options.output or Path("packages") / f"{name}-{options.precision}"
     with _Bar() as bar:
         conversion = convert(
             folder,
             output,
             precision=options.precision,
+            origin=origin,
             force=options.force,
             allow_loss=options.allow_loss,
             progress=bar.show,
