@@ -215,7 +215,7 @@ class _GraphAdopter:
         """x @ weight, or x @ weight + bias, with one of the blocks' matrices."""
         plain = {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 0}
         if node.op_type not in ("MatMul", "Gemm") or any(
-            plain[name] != value for name, value in _attributes(node).items()
+            plain.get(name) != value for name, value in _attributes(node).items()
         ):
             return False
         return self._canonical.get(node.input[1], "").startswith("h.")
@@ -223,8 +223,8 @@ class _GraphAdopter:
     def _write_linear(self, node: onnx.NodeProto) -> None:
         name = self._canonical[node.input[1]]
         product = self._products.linear(self._graph, name, node.input[0], self._tensors[name])
-        operator = "Add" if len(node.input) > 2 else "Identity"
-        self._graph.node(operator, [product, *node.input[2:]], node.output[0])
+        bias = [value for value in node.input[2:] if value]
+        self._graph.node("Add" if bias else "Identity", [product, *bias], node.output[0])
 
 
 def _attributes(node: onnx.NodeProto) -> dict[str, Any]:

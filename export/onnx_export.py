@@ -35,6 +35,10 @@ PREFIX = "transformer."
 OLDEST_OPSET = 18
 """Reductions take their axes as an input since then, which is how the int8 products are written."""
 DOMAINS = ("", "ai.onnx", MICROSOFT)
+FEWEST_INPUTS = {"MatMul": 2, "Gemm": 2, "Gather": 2, "Transpose": 1}
+ATTRIBUTES = frozenset(
+    getattr(AttributeProto, name) for name in ("FLOAT", "INT", "STRING", "TENSOR", "FLOATS", "INTS", "STRINGS")
+)
 FAULTS_SHOWN = 8
 EXPORT_AGAIN = "export it again with: optimum-cli export onnx --task text-generation-with-past"
 
@@ -221,17 +225,21 @@ def _foreign_parts(model: onnx.ModelProto) -> Iterator[str]:
         yield f"it is of opset {_opset(model)}, expected {OLDEST_OPSET} to {OPSET}: name one with --opset"
     if model.functions or model.graph.sparse_initializer:
         yield "it has functions or sparse weights"
-    names = [value for node in model.graph.node for value in node.output if value]
-    if len(set(names)) != len(names) or len({proto.name for proto in model.graph.initializer}) != len(
-        model.graph.initializer
-    ):
+    outputs = [value for node in model.graph.node for value in node.output if value]
+    constants = [proto.name for proto in model.graph.initializer]
+    if len(set(outputs)) != len(outputs) or len(set(constants)) != len(constants):
         yield "it gives a name twice"
+    if not all(map(is_plain_name, constants)):
+        yield "it has a weight whose name is not printable text"
     for node in model.graph.node:
+        operator = reprlib.repr(node.op_type)
+        if not node.output or len(node.input) < FEWEST_INPUTS.get(node.op_type, 0):
+            yield f"it has a {operator} without inputs or outputs"
         for attribute in node.attribute:
-            if attribute.type in (AttributeProto.GRAPH, AttributeProto.GRAPHS):
-                yield f"it has a graph inside {reprlib.repr(node.op_type)}"
+            if attribute.type not in ATTRIBUTES:
+                yield f"it has a {operator} with a graph or another attribute that is no plain value"
             if attribute.t.data_location == TensorProto.EXTERNAL:
-                yield f"it has a constant of {reprlib.repr(node.op_type)} that lies in a file"
+                yield f"it has a constant of {operator} that lies in a file"
 
 
 def _opset(model: onnx.ModelProto) -> int:

@@ -350,9 +350,25 @@ def read_a_file_in_a_constant(model: onnx.ModelProto) -> None:
     constant.attribute[0].t.data_location = TensorProto.EXTERNAL
 
 
+def nest_a_graph(model: onnx.ModelProto) -> None:
+    node = next(node for node in model.graph.node if node.op_type == "Gemm")
+    node.attribute.append(helper.make_attribute("body", helper.make_graph([], "g", [], [])))
+
+
+def starve_a_product(model: onnx.ModelProto) -> None:
+    del next(node for node in model.graph.node if node.op_type == "Gemm").input[1:]
+
+
+def break_a_line(model: onnx.ModelProto) -> None:
+    model.graph.initializer[0].name = "two\nlines"
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (nest_a_graph, "it has a 'Gemm' with a graph or another attribute that is no plain value"),
+        (starve_a_product, "it has a 'Gemm' without inputs or outputs"),
+        (break_a_line, "it has a weight whose name is not printable text"),
         (drop_positions, "input position_ids is missing; export it again with: optimum-cli"),
         (fix_the_batch, "input input_ids is INT64 [1, 'free'], expected INT64 ['free', 'free']"),
         (make_cache_half, "input past_key_values.0.key is FLOAT16 ['free', 2, 'free', 16], expected FLOAT"),
