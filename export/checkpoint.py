@@ -5,7 +5,7 @@
     safetensors-sharded    config.json and model.safetensors.index.json, with its shards beside it
 
 The canonical names are those of Hugging Face's state dict without "transformer."; matrices are [in, out]. Only this
-file knows how others spell them.
+file knows how others spell them. (Layout "onnx" are weights recovered from a graph: export/onnx_export.py.)
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .checkpoint_files import Float32Array, StoredTensor, is_plain_name, read_sm
 from .safetensors_file import read_safetensors, read_sharded_safetensors
 from .tensorbundle import read_index
 
-Layout = Literal["openai-tensorflow", "safetensors", "safetensors-sharded"]
+Layout = Literal["openai-tensorflow", "safetensors", "safetensors-sharded", "onnx"]
 
 FAULTS_SHOWN = 20
 FILES_SHOWN = 8

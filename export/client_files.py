@@ -26,6 +26,7 @@ from runtime.package import (
     MODEL_CARD,
     MODEL_FILES,
     POSITION_IDS,
+    Attention,
     Manifest,
     Precision,
 )
@@ -44,13 +45,14 @@ continues text; what it writes may be false or offensive, and it has the limits 
 |---|---|
 | source | {source} ({layout}), weights sha256 {fingerprint} |
 | shape | {n_layer} layers, {n_head} heads, {n_embd} wide, context {n_ctx}, vocabulary {n_vocab:,} |
+| graph | opset {opset}, {attention} |
 | precision | {precision}: {recipe} |
 | size | {megabytes:.1f} MB of weights and graph |
 | needs | onnxruntime {onnxruntime} or newer{processor} |
 
 ## What it cost in quality
 
-Against the checkpoint's own float32 weights, computed independently in numpy, over {tokens:.0f} tokens of built-in
+Against the source's own float32 weights, computed independently in numpy, over {tokens:.0f} tokens of built-in
 prompts and their greedy continuations (an alarm, not a benchmark):
 
 | KL divergence, nats a token | same most probable token | largest difference of a logit |
@@ -71,12 +73,19 @@ RECIPES: Mapping[Precision, str] = {
     "8-bit in blocks; keys and values float32",
 }
 
+ATTENTIONS: Mapping[Attention, str] = {
+    "GroupQueryAttention": "attention by GroupQueryAttention, which writes keys and values in place",
+    "plain": "attention as the exporter traced it, which returns keys and values in new tensors",
+}
 
-def write_client_files(folder: Path, config: GPT2Config, precision: Precision) -> None:
+
+def write_client_files(
+    folder: Path, config: GPT2Config, precision: Precision, attention: Attention = "GroupQueryAttention"
+) -> None:
     """Write config.json, generation_config.json and genai_config.json."""
     _write_json(folder / CONFIG, _hf_config(config, precision))
     _write_json(folder / GENERATION_CONFIG, _generation_config(config))
-    _write_json(folder / GENAI_CONFIG, _genai_config(config, precision))
+    _write_json(folder / GENAI_CONFIG, _genai_config(config, precision, attention))
 
 
 def write_license(folder: Path, checkpoint_folder: Path) -> None:
@@ -103,6 +112,8 @@ def write_model_card(folder: Path, manifest: Manifest) -> None:
         precision=manifest.precision,
         parameters=config.parameter_count,
         device=manifest.device,
+        opset=manifest.opset,
+        attention=ATTENTIONS[manifest.attention],
         version=manifest.tools["gpt2-edge"],
         source=manifest.source.name,
         layout=manifest.source.layout,
@@ -153,7 +164,7 @@ def _generation_config(config: GPT2Config) -> dict[str, Any]:
     }
 
 
-def _genai_config(config: GPT2Config, precision: Precision) -> dict[str, Any]:
+def _genai_config(config: GPT2Config, precision: Precision, attention: Attention) -> dict[str, Any]:
     """ "type" is "decoder": genai's own "gpt2" means an older graph with one 5-D cache tensor per layer."""
     key, value = CACHE_KINDS
     sampling = SamplingOptions()
@@ -190,7 +201,7 @@ def _genai_config(config: GPT2Config, precision: Precision) -> dict[str, Any]:
             "do_sample": sampling.do_sample,
             "temperature": sampling.temperature,
             "top_k": sampling.top_k,
-            "past_present_share_buffer": True,
+            "past_present_share_buffer": attention == "GroupQueryAttention",
         },
     }
 

@@ -36,14 +36,14 @@ from runtime.package import (
 )
 from runtime.text_generator import TextGenerator
 
-from .checkpoint import Checkpoint, read_checkpoint
+from .adopt import GraphOrigin, GraphSource, check_rows, opened
+from .checkpoint import Checkpoint
 from .client_files import write_client_files, write_license, write_model_card
 from .download import Progress
 from .fingerprint import FingerprintedTensors
-from .graph import ATTENTION, OPSET, build_graph
 from .onnx_builder import WeightsFile
 from .publish import staged
-from .resolve import find_checkpoint
+from .resolve import FoundCheckpoint, find_checkpoint
 from .tokenizer_files import build_tokenizer, write_tokenizer
 from .verification import PROMPTS, Verification, check, verify_decoder
 
@@ -83,6 +83,7 @@ def convert(
     *,
     name: str | None = None,
     precision: Precision = "int8",
+    origin: GraphOrigin = "built",
     force: bool = False,
     allow_loss: bool = False,
     progress: Progress | None = None,
@@ -90,10 +91,11 @@ def convert(
     """Turn a checkpoint into a package that was verified, or leave everything as it was.
 
     Args:
-        folder: the checkpoint.
+        folder: the checkpoint, or the export if that is the graph's origin.
         output: the package's place.
         name: what the checkpoint is called; without it, as its folder is.
         precision: "fp32" or "int8".
+        origin: who makes the graph, see `export.adopt`.
         force: replace a package that is there.
         allow_loss: publish even if quantization cost more than the bar allows.
         progress: called as the work goes on.
@@ -105,20 +107,20 @@ def convert(
     """
     started = time.perf_counter()
     progress = progress or (lambda _what, _done, _steps: None)
-    checkpoint = read_checkpoint(folder)
-    tokenizer = build_tokenizer(folder, n_vocab=checkpoint.config.n_vocab)
-    with staged(output, force=force) as staging:
-        weights_entry, fingerprint = _write_model(staging, checkpoint, precision, progress)
-        write_tokenizer(tokenizer, staging, checkpoint.config.n_ctx)
-        write_client_files(staging, checkpoint.config, precision)
+    with opened(folder, origin) as graph, staged(output, force=force) as staging:
+        config = graph.checkpoint.config
+        tokenizer = build_tokenizer(folder, n_vocab=config.n_vocab)
+        weights_entry, fingerprint = _write_model(staging, graph, precision, progress)
+        write_tokenizer(tokenizer, staging, config.n_ctx)
+        write_client_files(staging, config, precision, graph.attention)
         write_license(staging, folder)
         source = Source(
-            name=_plain_text(name or folder.resolve().name), layout=checkpoint.layout, fingerprint=fingerprint
+            name=_plain_text(name or folder.resolve().name), layout=graph.checkpoint.layout, fingerprint=fingerprint
         )
-        manifest = _describe(staging, checkpoint, precision, source, weights_entry)
+        manifest = _describe(staging, graph, precision, source, weights_entry)
         write_manifest(staging, manifest)
 
-        verification = _verify(staging, checkpoint, precision, progress)
+        verification = _verify(staging, graph.checkpoint, precision, progress)
         check(verification, precision, allow_loss=allow_loss)
 
         manifest = replace(manifest, quality=verification.quality(), golden=verification.golden)
@@ -129,37 +131,36 @@ def convert(
     return Conversion(output, manifest, verification, time.perf_counter() - started)
 
 
-def _write_model(
-    staging: Path, checkpoint: Checkpoint, precision: Precision, progress: Progress
-) -> tuple[FileEntry, str]:
+def _write_model(staging: Path, graph: GraphSource, precision: Precision, progress: Progress) -> tuple[FileEntry, str]:
     """Write graph and weights, one tensor in memory at a time; the weights file's entry, the source's fingerprint."""
     model_path = staging / MODEL_FILES[precision]
     model_path.parent.mkdir()
-    tensors = FingerprintedTensors(
-        checkpoint.tensors, lambda done: progress("weights", done, checkpoint.config.parameter_count)
-    )
+    config = graph.checkpoint.config
+    tensors = FingerprintedTensors(graph.tensors, lambda done: progress("weights", done, config.parameter_count))
     location = model_path.name + WEIGHTS_SUFFIX
     with (model_path.parent / location).open("wb") as file:
         weights = WeightsFile(file, location)
-        model = build_graph(checkpoint.config, tensors, precision, weights)
+        model = graph.write_graph(config, tensors, precision, weights)
     model_path.write_bytes(model.SerializeToString(deterministic=True))
     return weights.entry(), tensors.fingerprint()
 
 
 def _describe(
-    staging: Path, checkpoint: Checkpoint, precision: Precision, source: Source, weights_entry: FileEntry
+    staging: Path, graph: GraphSource, precision: Precision, source: Source, weights_entry: FileEntry
 ) -> Manifest:
+    checkpoint = graph.checkpoint
     tools = ("numpy", "onnx", "onnxruntime", "tokenizers")
     return Manifest(
         config=checkpoint.config,
         precision=precision,
         device="cpu",
-        attention=ATTENTION,
-        opset=OPSET,
+        attention=graph.attention,
+        opset=graph.opset,
         needs=Needs(onnxruntime=OLDEST_ONNXRUNTIME[precision], processor=INT8_FEATURES if precision == "int8" else ()),
         source=source,
         tools={"gpt2-edge": runtime.__version__, "python": platform.python_version()}
-        | {name: version(name) for name in tools},
+        | {name: version(name) for name in tools}
+        | dict(graph.tools),
         files=_file_entries(staging, precision, weights_entry),
     )
 
@@ -182,13 +183,16 @@ def _verify(staging: Path, checkpoint: Checkpoint, precision: Precision, progres
     """Open the package with the real runtime and hold it against the oracle."""
     generator = TextGenerator.load(staging)
     steps, total = itertools.count(1), len(PROMPTS) + checkpoint.config.n_layer + 1
-    return verify_decoder(
+    verification = verify_decoder(
         generator.decoder,
         generator.tokenizer,
         checkpoint.tensors,
         precision,
         progress=lambda _line: progress("verification", next(steps), total),
     )
+    if generator.decoder.attention == "plain":
+        check_rows(generator.decoder, verification.golden)
+    return verification
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -201,7 +205,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         prog="python -m export.convert",
         description="Turn a GPT-2 checkpoint into a verified ONNX package.",
     )
-    parser.add_argument("checkpoint", help="a folder, a name under the models folder, a size (774M), a Hugging Face id")
+    parser.add_argument(
+        "checkpoint", nargs="?", help="a folder, a name under the models folder, a size (774M), a Hugging Face id"
+    )
+    parser.add_argument("--from-onnx", type=Path, metavar="DIR", help="instead: a folder that optimum exported")
+    parser.add_argument("--exporter", choices=["own", "optimum"], help="who makes a checkpoint's graph; default: own")
     parser.add_argument("--precision", choices=list(MODEL_FILES), default="int8")
     parser.add_argument("--device", choices=["cpu", "cuda", "tensorrt"], default="cpu")
     parser.add_argument("--output", type=Path, metavar="DIR", help="default: packages/<name>-<precision>")
@@ -210,7 +218,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--force", action="store_true", help="replace the package that is there")
     parser.add_argument("--allow-loss", action="store_true", help="publish even if int8 costs more than the bar allows")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout, nothing else")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if (options.checkpoint is None) == (options.from_onnx is None):
+        parser.error("name either a checkpoint or --from-onnx DIR")
+    if options.from_onnx and options.exporter:
+        parser.error("--from-onnx and --exporter contradict each other: an export has its graph")
+    return options
 
 
 def _convert(options: argparse.Namespace) -> int:
@@ -218,13 +231,19 @@ def _convert(options: argparse.Namespace) -> int:
         raise DeviceError(
             f"--device {options.device}: this version makes packages for the CPU only; leave --device out"
         )
+    origin: GraphOrigin = "adopted" if options.from_onnx else "optimum" if options.exporter == "optimum" else "built"
     with _Bar() as bar:
-        found = find_checkpoint(options.checkpoint, options.models_dir, offline=options.offline, progress=bar.show)
+        if options.from_onnx:
+            found = FoundCheckpoint(options.from_onnx, options.from_onnx.resolve().name)
+        else:
+            found = find_checkpoint(options.checkpoint, options.models_dir, offline=options.offline, progress=bar.show)
+        made_by = "-optimum" if origin == "optimum" else ""
         conversion = convert(
             found.folder,
-            options.output or Path("packages") / f"{PurePath(found.name).name}-{options.precision}",
+            options.output or Path("packages") / f"{PurePath(found.name).name}{made_by}-{options.precision}",
             name=found.name,
             precision=options.precision,
+            origin=origin,
             force=options.force,
             allow_loss=options.allow_loss,
             progress=bar.show,

@@ -24,6 +24,7 @@ from runtime.package import (
     LOGITS,
     NUM_LOGITS_TO_KEEP,
     POSITION_IDS,
+    Attention,
     Precision,
     past_name,
     present_name,
@@ -34,7 +35,7 @@ from .products import PRODUCTS
 
 OPSET = 21
 IR_VERSION = 10
-ATTENTION = "GroupQueryAttention"
+ATTENTION: Attention = "GroupQueryAttention"
 HEAD_DIM_STEP = 8
 """Numbers; onnxruntime's GroupQueryAttention takes heads of 8, 16, 24 ... and refuses others at the first run only."""
 
@@ -80,6 +81,50 @@ def build_graph(
     return _GraphWriter(config, tensors, precision, weights).write()
 
 
+def input_shapes(config: GPT2Config) -> dict[str, tuple[int, list[int | str]]]:
+    """The inputs that a client must feed: name -> (type, axes)."""
+    cache = {past_name(layer, kind): _cache_value(config, PAST) for layer, kind in _cache_tensors(config)}
+    return {
+        INPUT_IDS: (TensorProto.INT64, [BATCH, NEW]),
+        ATTENTION_MASK: (TensorProto.INT64, [BATCH, TOTAL]),
+        POSITION_IDS: (TensorProto.INT64, [BATCH, NEW]),
+        **cache,
+    }
+
+
+def output_shapes(config: GPT2Config) -> dict[str, tuple[int, list[int | str]]]:
+    """The outputs: name -> (type, axes)."""
+    cache = {present_name(layer, kind): _cache_value(config, TOTAL) for layer, kind in _cache_tensors(config)}
+    return {LOGITS: (TensorProto.FLOAT, [BATCH, NEW, config.n_vocab]), **cache}
+
+
+def declare_inputs(graph: GraphBuilder, config: GPT2Config) -> None:
+    for name, (dtype, shape) in input_shapes(config).items():
+        graph.input(name, dtype, shape)
+    # An input that is an initializer too has a default: clients that never heard of it get all logits.
+    graph.weight(graph.input(NUM_LOGITS_TO_KEEP, TensorProto.INT64, [1]), np.zeros(1, np.int64))
+
+
+def declare_outputs(graph: GraphBuilder, config: GPT2Config) -> None:
+    for name, (dtype, shape) in output_shapes(config).items():
+        graph.output(name, dtype, shape)
+
+
+def last_positions(graph: GraphBuilder, hidden: str) -> str:
+    """The last `num_logits_to_keep` of hidden [B, S, D]; a start of -0 keeps all."""
+    start = graph.node("Neg", [NUM_LOGITS_TO_KEEP], "kept/start")
+    end, axis = graph.constant([np.iinfo(np.int64).max], np.int64), graph.constant([1], np.int64)
+    return graph.node("Slice", [hidden, start, end, axis], "kept")
+
+
+def _cache_tensors(config: GPT2Config) -> list[tuple[int, str]]:
+    return [(layer, kind) for layer in range(config.n_layer) for kind in CACHE_KINDS]
+
+
+def _cache_value(config: GPT2Config, length: str) -> tuple[int, list[int | str]]:
+    return TensorProto.FLOAT, [BATCH, config.n_head, length, config.head_dim]
+
+
 class _GraphWriter:
     """The graph so far. Each method appends a part and returns the name of its result."""
 
@@ -93,7 +138,7 @@ class _GraphWriter:
 
     def write(self) -> onnx.ModelProto:
         graph, config = self._graph, self._config
-        self._declare_inputs()
+        declare_inputs(graph, config)
         mask = self._read_mask()
         table = self._products.token_table(graph, "wte.weight", self._tensors["wte.weight"])
         rows = table.embed(graph, INPUT_IDS)
@@ -102,33 +147,12 @@ class _GraphWriter:
         for layer in range(config.n_layer):
             hidden = graph.node("Add", [hidden, self._attention(layer, hidden, mask)], f"h.{layer}/attn/residual")
             hidden = graph.node("Add", [hidden, self._mlp(layer, hidden)], f"h.{layer}/mlp/residual")
-        hidden = self._layer_norm("ln_f", self._last_positions(hidden))
+        hidden = self._layer_norm("ln_f", last_positions(graph, hidden))
         if not config.tie_word_embeddings:
             table = self._products.token_table(graph, "lm_head.weight", self._tensors["lm_head.weight"])
         table.logits(graph, hidden, LOGITS)
-        self._declare_outputs()
+        declare_outputs(graph, config)
         return graph.model(name="gpt2", opset=OPSET, ir_version=IR_VERSION, producer="gpt2-edge")
-
-    def _declare_inputs(self) -> None:
-        graph = self._graph
-        graph.input(INPUT_IDS, TensorProto.INT64, [BATCH, NEW])
-        graph.input(ATTENTION_MASK, TensorProto.INT64, [BATCH, TOTAL])
-        graph.input(POSITION_IDS, TensorProto.INT64, [BATCH, NEW])
-        for layer, kind in self._cache_tensors():
-            graph.input(past_name(layer, kind), TensorProto.FLOAT, self._cache_shape(PAST))
-        # An input that is an initializer too has a default: clients that never heard of it get all logits.
-        graph.weight(graph.input(NUM_LOGITS_TO_KEEP, TensorProto.INT64, [1]), np.zeros(1, np.int64))
-
-    def _declare_outputs(self) -> None:
-        self._graph.output(LOGITS, TensorProto.FLOAT, [BATCH, NEW, self._config.n_vocab])
-        for layer, kind in self._cache_tensors():
-            self._graph.output(present_name(layer, kind), TensorProto.FLOAT, self._cache_shape(TOTAL))
-
-    def _cache_tensors(self) -> list[tuple[int, str]]:
-        return [(layer, kind) for layer in range(self._config.n_layer) for kind in CACHE_KINDS]
-
-    def _cache_shape(self, length: str) -> list[int | str]:
-        return [BATCH, self._config.n_head, length, self._config.head_dim]
 
     def _read_mask(self) -> _AttentionInputs:
         """One reading for every kind of padding.
@@ -202,12 +226,6 @@ class _GraphWriter:
         """Add and LayerNormalization apart: the fused SkipLayerNormalization took three times as long on a prompt."""
         inputs = [x, self._weight(f"{name}.weight"), self._weight(f"{name}.bias")]
         return self._graph.node("LayerNormalization", inputs, name, axis=-1, epsilon=self._config.layer_norm_epsilon)
-
-    def _last_positions(self, hidden: str) -> str:
-        """The last `num_logits_to_keep` positions; a start of -0 keeps all."""
-        start = self._graph.node("Neg", [NUM_LOGITS_TO_KEEP], "kept/start")
-        end, axis = self._graph.constant([np.iinfo(np.int64).max], np.int64), self._graph.constant([1], np.int64)
-        return self._graph.node("Slice", [hidden, start, end, axis], "kept")
 
     def _weight(self, name: str) -> str:
         return self._graph.weight(name, self._tensors[name])

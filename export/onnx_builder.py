@@ -101,6 +101,10 @@ class GraphBuilder:
         self._nodes.append(helper.make_node(op_type, inputs, outputs, name=outputs[0], domain=domain, **attributes))
         return outputs
 
+    def append(self, node: onnx.NodeProto) -> None:
+        """Append a node that another graph has."""
+        self._nodes.append(node)
+
     def model(self, *, name: str, opset: int, ir_version: int, producer: str) -> onnx.ModelProto:
         graph = helper.make_graph(
             self._nodes, name, self._inputs, self._outputs, initializer=list(self._initializers.values())

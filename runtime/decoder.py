@@ -1,8 +1,8 @@
-"""The model without text: token ids in, logits out, keys and values kept in a cache that is written in place."""
+"""The model without text: token ids in, logits out, keys and values kept in a cache."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from .config import GPT2Config
 from .errors import MachineError, RequestError
 from .kv_cache import KVCache
-from .package import ATTENTION_MASK, INPUT_IDS, LOGITS, NUM_LOGITS_TO_KEEP, POSITION_IDS, Device
+from .package import ATTENTION_MASK, INPUT_IDS, LOGITS, NUM_LOGITS_TO_KEEP, POSITION_IDS, Attention, Device
 from .session import load_onnxruntime, open_session
 
 if TYPE_CHECKING:
@@ -26,16 +26,28 @@ CHUNK_TOKENS = 128
 class Decoder:
     """A session and the numbers of its model. Threads may share it: what a generation changes is in its Decoding."""
 
-    def __init__(self, session: onnxruntime.InferenceSession, config: GPT2Config) -> None:
+    def __init__(
+        self,
+        session: onnxruntime.InferenceSession,
+        config: GPT2Config,
+        attention: Attention = "GroupQueryAttention",
+    ) -> None:
         self.session = session
         self.config = config
+        self.attention = attention
 
     @classmethod
     def open(
-        cls, model_path: Path, config: GPT2Config, *, device: Device = "cpu", threads: int | None = None
+        cls,
+        model_path: Path,
+        config: GPT2Config,
+        *,
+        attention: Attention = "GroupQueryAttention",
+        device: Device = "cpu",
+        threads: int | None = None,
     ) -> Decoder:
         """Open a graph; errors as `session.open_session`."""
-        return cls(open_session(model_path, device=device, threads=threads), config)
+        return cls(open_session(model_path, device=device, threads=threads), config, attention)
 
     def start(self, *, batch: int, capacity: int) -> Decoding:
         """Begin with an empty cache of `batch` rows and room for `capacity` tokens in each."""
@@ -70,7 +82,7 @@ class Decoder:
 
 
 class Decoding:
-    """Rows under way: a cache, bound to the graph once, each row at its own length."""
+    """Rows under way: a cache, and the graph that reads and fills it, each row at its own length."""
 
     def __init__(self, decoder: Decoder, cache: KVCache) -> None:
         self._decoder = decoder
@@ -134,53 +146,104 @@ class Decoding:
             self._bind()
 
     def _bind(self) -> None:
-        self._all = _BoundRows(self._decoder, self.cache, slice(0, self.cache.batch))
+        self._all = _ROWS[self._decoder.attention](self._decoder, self.cache, slice(0, self.cache.batch))
         self._singles = {0: self._all} if self.cache.batch == 1 else {}
 
-    def _bound(self, row: int) -> _BoundRows:
+    def _bound(self, row: int) -> _Rows:
         """One row alone, bound when it is first asked for: samples of one prompt need only one."""
         if row not in self._singles:
-            self._singles[row] = _BoundRows(self._decoder, self.cache, slice(row, row + 1))
+            self._singles[row] = _ROWS[self._decoder.attention](self._decoder, self.cache, slice(row, row + 1))
         return self._singles[row]
 
 
-class _BoundRows:
-    """Some rows of a cache, bound to the graph: a run rebinds ids, positions and mask, and logits of another shape."""
+class _Rows:
+    """Some rows of a cache, run by the graph: a run binds ids, positions and mask, and logits of another shape."""
 
     def __init__(self, decoder: Decoder, cache: KVCache, rows: slice) -> None:
         self._session = decoder.session
         self._ort_value = load_onnxruntime().OrtValue.ortvalue_from_numpy  # shares the array's memory on the CPU
         self._n_vocab = decoder.config.n_vocab
         self._lengths = cache.lengths[rows]  # [B] int64, a view
+        self._buffers = list(cache.bindings(rows))
         self._binding = decoder.session.io_binding()
-        self._alive: dict[str, NDArray[Any]] = {}  # onnxruntime reads the arrays' own memory: they must outlive the run
-        for past, present, buffer in cache.bindings(rows):
-            self._bind_input(past, buffer)
-            self._binding.bind_ortvalue_output(present, self._ort_value(buffer))
+        self._alive: dict[str, NDArray[Any]] = {}  # onnxruntime uses the arrays' own memory: they must outlive the run
         self._logits = np.empty((0, 0, 0), np.float32)
 
     def run(self, ids: NDArray[np.int64], *, keep: int) -> NDArray[np.float32]:
         """Append ids [B, S] to the rows; logits [B, keep, V] after the last `keep`, valid until the next run."""
         n_rows, n_new = ids.shape
-        ends = self._lengths + n_new  # [B]
         self._bind_input(INPUT_IDS, np.ascontiguousarray(ids, np.int64))
         self._bind_input(POSITION_IDS, self._lengths[:, None] + np.arange(n_new))  # [B, S]
-        self._bind_input(ATTENTION_MASK, (np.arange(ends.max()) < ends[:, None]).astype(np.int64))  # [B, T]
+        self._bind_input(ATTENTION_MASK, self._bind_cache(n_new).astype(np.int64))  # [B, T]
         if self._logits.shape != (n_rows, keep, self._n_vocab):
             self._bind_input(NUM_LOGITS_TO_KEEP, np.array([keep], np.int64))
             self._logits = np.empty((n_rows, keep, self._n_vocab), np.float32)
-            self._binding.bind_ortvalue_output(LOGITS, self._ort_value(self._logits))
+            self._bind_output(LOGITS, self._logits)
         try:
             self._session.run_with_iobinding(self._binding)
         except Exception as error:
             reason = " ".join(str(error).split())
             raise MachineError(f"onnxruntime failed to run the model ({reason}); free memory and run again") from error
+        self._take_cache()
         self._lengths += n_new
         return self._logits
+
+    def _bind_cache(self, n_new: int) -> NDArray[np.bool_]:
+        """Have the graph read and write keys and values; returns the mask [B, T], true where a token stands."""
+        raise NotImplementedError
+
+    def _take_cache(self) -> None:
+        """Put what the last run wrote where it belongs."""
 
     def _bind_input(self, name: str, array: NDArray[Any]) -> None:
         self._binding.bind_ortvalue_input(name, self._ort_value(array))
         self._alive[name] = array
+
+    def _bind_output(self, name: str, array: NDArray[Any]) -> None:
+        self._binding.bind_ortvalue_output(name, self._ort_value(array))
+        self._alive[name] = array
+
+
+class _RowsInPlace(_Rows):
+    """The graph writes new keys and values into the cache itself, each row's behind its last: bound once."""
+
+    def __init__(self, decoder: Decoder, cache: KVCache, rows: slice) -> None:
+        super().__init__(decoder, cache, rows)
+        for past, present, buffer in self._buffers:
+            self._bind_input(past, buffer)
+            self._bind_output(present, buffer)
+
+    def _bind_cache(self, n_new: int) -> NDArray[np.bool_]:
+        ends = self._lengths + n_new  # [B]
+        mask: NDArray[np.bool_] = np.arange(ends.max()) < ends[:, None]
+        return mask
+
+
+class _RowsCopied(_Rows):
+    """The graph is given a copy of the past and returns a longer one, whose new end is copied back.
+
+    All rows are taken to be as long as the longest, P: the mask hides the zeros behind a shorter one, and positions
+    tell the graph where its new tokens stand. Slower than in place by two copies of the cache a run.
+    """
+
+    def _bind_cache(self, n_new: int) -> NDArray[np.bool_]:
+        n_rows, n_past = len(self._lengths), int(self._lengths.max())
+        for past, present, buffer in self._buffers:
+            self._bind_input(past, np.ascontiguousarray(buffer[:, :, :n_past]))
+            _, n_head, _, head_dim = buffer.shape
+            self._bind_output(present, np.empty((n_rows, n_head, n_past + n_new, head_dim), np.float32))
+        in_past = np.arange(n_past) < self._lengths[:, None]  # [B, P]
+        return np.concatenate([in_past, np.ones((n_rows, n_new), np.bool_)], axis=1)
+
+    def _take_cache(self) -> None:
+        n_past = int(self._lengths.max())
+        for _, present, buffer in self._buffers:
+            new = self._alive[present][:, :, n_past:]  # [B, H, S, D]
+            for row, length in enumerate(self._lengths):
+                buffer[row, :, length : length + new.shape[2]] = new[row]
+
+
+_ROWS: Mapping[Attention, type[_Rows]] = {"GroupQueryAttention": _RowsInPlace, "plain": _RowsCopied}
 
 
 def pieces(length: int, chunk_tokens: int) -> Iterator[slice]:

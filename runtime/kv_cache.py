@@ -1,4 +1,4 @@
-"""The only place where keys and values live: one buffer per layer, written in place by the graph."""
+"""The only place where keys and values live: two buffers per layer, in which each row has its own length."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ GROWTH = 1.5
 class KVCache:
     """Keys and values of B rows, each row at its own length.
 
-    Each layer has two buffers [B, H, M, D] float32, M tokens long. Memory that holds no token yet is reserved but not
-    touched. `lengths` [B] int64 counts the tokens of each row; it belongs to whoever runs the graph.
+    Each layer has two buffers [B, H, M, D] float32, M tokens long. Memory that holds no token yet is zero, reserved but
+    not touched. `lengths` [B] int64 counts the tokens of each row; it belongs to whoever runs the graph.
     """
 
     def __init__(self, config: GPT2Config, *, batch: int, capacity: int) -> None:
@@ -80,7 +80,7 @@ class KVCache:
         config = self._config
         shape = (len(CACHE_KINDS) * config.n_layer, self.batch, config.n_head, capacity, config.head_dim)
         try:
-            return list(np.empty(shape, np.float32))
+            return list(np.zeros(shape, np.float32))
         except (MemoryError, ValueError, OverflowError) as error:  # the last two: more than numpy can number
             needed = config.cache_bytes_per_token * capacity * self.batch
             raise MachineError(

@@ -27,6 +27,9 @@ FORMAT_VERSION = 1
 
 Precision = Literal["fp32", "int8"]
 Device = Literal["cpu", "cuda", "tensorrt"]
+Attention = Literal["GroupQueryAttention", "plain"]
+"""What a graph does with the keys and values it is given. GroupQueryAttention writes the new ones into the same buffer,
+behind those that are there; plain attention returns them all in a longer tensor of its own."""
 
 MANIFEST = "manifest.json"
 CONFIG = "config.json"
@@ -54,7 +57,7 @@ def past_name(layer: int, kind: str) -> str:
 
 
 def present_name(layer: int, kind: str) -> str:
-    """[B, H, P + S, D] float32, or the same buffer as the past."""
+    """[B, H, P + S, D] float32, or the same buffer as the past: see `Attention`."""
     return f"present.{layer}.{kind}"
 
 
@@ -106,7 +109,7 @@ class Manifest:
     config: GPT2Config
     precision: Precision
     device: Device
-    attention: str
+    attention: Attention
     opset: int
     needs: Needs
     source: Source
@@ -218,6 +221,8 @@ def _manifest_from_values(values: dict[str, Any]) -> Manifest:
         raise ValueError(f"precision {values['precision']!r}, expected one of {', '.join(MODEL_FILES)}")
     if values["device"] not in get_args(Device):
         raise ValueError(f"device {values['device']!r}, expected one of {', '.join(get_args(Device))}")
+    if values["attention"] not in get_args(Attention):
+        raise ValueError(f"attention {values['attention']!r}, expected one of {', '.join(get_args(Attention))}")
     config, needs = GPT2Config.from_dict(values["config"]), values["needs"]
     return Manifest(
         **{

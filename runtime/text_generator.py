@@ -254,8 +254,11 @@ def open_decoder(package: Package, *, device: Device = "cpu", threads: int | Non
             f"the checkpoint for {device}"
         )
     check_needs(package.manifest.needs, device=device)
-    decoder = Decoder.open(package.model_path, package.manifest.config, device=device, threads=threads)
-    if read_manifest(package.folder) != package.manifest:
+    manifest = package.manifest
+    decoder = Decoder.open(
+        package.model_path, manifest.config, attention=manifest.attention, device=device, threads=threads
+    )
+    if read_manifest(package.folder) != manifest:
         raise PackageError(f"{package.folder} was replaced while it was opened; open it again")
     return decoder
 

@@ -246,6 +246,10 @@ def test_another_layout_of_the_same_json_is_no_alteration(package: Path) -> None
     [
         (lambda values: values.update(precision="int3"), "precision 'int3', expected one of fp32, int8"),
         (lambda values: values.update(device="tpu"), "device 'tpu', expected one of cpu, cuda, tensorrt"),
+        (
+            lambda values: values.update(attention="magic"),
+            "attention 'magic', expected one of GroupQueryAttention, plain",
+        ),
         (lambda values: values.update(mood="good"), "mood"),
         (lambda values: values.pop("source"), "source"),
         (lambda values: values.update(files=[]), "items"),
