@@ -46,20 +46,10 @@ class Target:
         self._staging = folder / ".package.partial"
         self._mark = self._staging / "left by an earlier conversion"
 
-    def start(self) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "export.convert", str(self._checkpoint), "--output", str(self.package)]
-        return subprocess.Popen(
-            [*command, "--force", "--allow-loss"],
-            cwd=REPOSITORY,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
     def convert(self) -> float:
         """Convert undisturbed; how many seconds it took."""
         started = time.perf_counter()
-        _finish(self.start())
+        _finish(self._start(), 0)
         return time.perf_counter() - started
 
     def convert_and_kill(self, delay_s: float) -> Moment:
@@ -67,12 +57,11 @@ class Target:
         if self._staging.exists():
             self._mark.touch()  # a conversion clears what it finds before it writes
         before = self._identity()
-        process = self.start()
+        process = self._start()
         time.sleep(delay_s)
         process.kill()
-        if process.wait() == 0:
+        if _finish(process, 0, -signal.SIGKILL) == 0:
             return "not at all, it had finished"
-        _finish(process, expected=-signal.SIGKILL)
         if self._identity() != before:
             return "after publishing"
         return "while writing" if self._staging.exists() and not self._mark.exists() else "before writing"
@@ -89,17 +78,29 @@ class Target:
         if left := sorted(path.name for path in self.package.parent.iterdir() if path != self.package):
             raise VerificationError(f"{', '.join(left)} was left beside the package")
 
+    def _start(self) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "export.convert", str(self._checkpoint), "--output", str(self.package)]
+        return subprocess.Popen(
+            [*command, "--force", "--allow-loss"],
+            cwd=REPOSITORY,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
     def _identity(self) -> int:
         """Of the manifest's file: every conversion writes the same bytes, but a file of its own."""
         return (self.package / MANIFEST).stat().st_ino
 
 
-def _finish(process: subprocess.Popen[str], expected: int = 0) -> None:
+def _finish(process: subprocess.Popen[str], *expected: int) -> int:
+    """Wait for it; its status, which must be one of those."""
     _, errors = process.communicate()
-    if process.returncode != expected:
+    if process.returncode not in expected:
         raise VerificationError(
             f"a conversion ended with status {process.returncode}: {errors.strip() or 'no message'}"
         )
+    return process.returncode
 
 
 def kill_conversions(target: Target, *, times: int, seed: int) -> int:
