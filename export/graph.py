@@ -70,15 +70,24 @@ def build_graph(
     Returns:
         The model, which names `weights` as its external data.
     Raises:
-        ConfigError: the heads are of a width that the attention operator does not take.
+        ConfigError: as `check_supported`.
         CheckpointError: a tensor turns out damaged when it is read.
+    """
+    check_supported(config)
+    return _GraphWriter(config, tensors, precision, weights).write()
+
+
+def check_supported(config: GPT2Config) -> None:
+    """Refuse what no graph can be built for.
+
+    Raises:
+        ConfigError: the heads are of a width that the attention operator does not take.
     """
     if config.head_dim % HEAD_DIM_STEP:
         raise ConfigError(
             f"heads of n_embd / n_head = {config.n_embd} / {config.n_head} = {config.head_dim} numbers are not "
             f"supported, expected a multiple of {HEAD_DIM_STEP}, which onnxruntime's {ATTENTION} takes"
         )
-    return _GraphWriter(config, tensors, precision, weights).write()
 
 
 def input_shapes(config: GPT2Config) -> dict[str, tuple[int, list[int | str]]]:

@@ -62,14 +62,18 @@ class Fp32Products:
         return Fp32Table(graph, name, table)
 
 
+def head_block_size(n_columns: int) -> int:
+    """Weights that share a scale in a table of D = `n_columns`."""
+    return next((size for size in HEAD_BLOCK_SIZES if n_columns % size == 0), HEAD_BLOCK_SIZES[-1])
+
+
 class Int8Table:
     """8-bit blocks along D, which MatMulNBits and GatherBlockQuantized read alike."""
 
     def __init__(self, graph: GraphBuilder, name: str, table: Float32Array) -> None:
         self._name = name
         self._n_rows, self._n_columns = table.shape
-        fitting = [size for size in HEAD_BLOCK_SIZES if self._n_columns % size == 0]
-        self._block_size = (fitting or HEAD_BLOCK_SIZES[-1:])[0]
+        self._block_size = head_block_size(self._n_columns)
         blocks = quantize_blocks(table, self._block_size)
         self._values = graph.weight(name, blocks.values)  # [V, blocks, block] uint8
         self._scale = graph.weight(f"{name}.scale", blocks.scale)  # [V, blocks] float32

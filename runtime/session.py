@@ -85,20 +85,33 @@ def check_needs(needs: Needs, *, device: Device) -> None:
     """Refuse a package that this onnxruntime cannot run, or whose arithmetic this processor would get wrong.
 
     Raises:
-        DeviceError: onnxruntime is too old, or the processor has none of the features that the package needs.
+        DeviceError: as `unmet_needs` says.
     """
-    installed = load_onnxruntime().__version__
-    if _version(installed) < _version(needs.onnxruntime):
-        raise DeviceError(
-            f"this package needs onnxruntime {needs.onnxruntime} or newer, installed is {installed}; update it with: "
+    if unmet := unmet_needs(needs, device=device, onnxruntime=load_onnxruntime().__version__):
+        raise DeviceError("; ".join(unmet))
+
+
+def unmet_needs(needs: Needs, *, device: Device, onnxruntime: str | None) -> list[str]:
+    """Each need that this machine does not meet, and what to do; what cannot be told counts as met.
+
+    Args:
+        needs: the package's.
+        device: where it would run.
+        onnxruntime: the installed version, None where nobody knows.
+    """
+    unmet = []
+    if onnxruntime is not None and _version(onnxruntime) < _version(needs.onnxruntime):
+        unmet.append(
+            f"this package needs onnxruntime {needs.onnxruntime} or newer, installed is {onnxruntime}; update it with: "
             "pip install --upgrade onnxruntime"
         )
     have = processor_features() if device == "cpu" else None
     if needs.processor and have is not None and have.isdisjoint(needs.processor):
-        raise DeviceError(
+        unmet.append(
             f"this package needs a processor with one of {', '.join(needs.processor)}, this one "
             f"({platform.machine()}) has none, and its results would be wrong; convert with --precision fp32"
         )
+    return unmet
 
 
 def _version(text: str) -> tuple[int, ...]:

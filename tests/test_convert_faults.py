@@ -119,6 +119,20 @@ def test_a_kill_leaves_the_old_package_and_the_next_run_clears_up(
     assert names(package.parent) == ["x"]
 
 
+def test_kills_at_random_moments_leave_whole_packages(tiny_checkpoint: Path) -> None:
+    """A hundred, of the demo model, are a matter of minutes: the same script, without --times."""
+    done = subprocess.run(
+        [sys.executable, "benchmarks/kill_conversions.py", str(tiny_checkpoint), "--times", "8"],
+        cwd=REPOSITORY,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "after each kill the package verified" in done.stdout
+
+
 # Disks
 
 

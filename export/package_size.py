@@ -1,0 +1,68 @@
+"""How large a package would be, told from the model's numbers alone.
+
+The weights file is exact: this repeats how `export.products` stores a matrix, and how `export.onnx_builder` lays out
+the arrays. The graph beside it is small, and estimated.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from runtime.config import GPT2Config
+from runtime.package import Precision
+
+from .checkpoint import EMBEDDING, HEAD, canonical_shapes
+from .onnx_builder import ALIGNMENT, INLINE_BYTES
+from .products import head_block_size
+
+GRAPH_BYTES: Mapping[Precision, tuple[int, int]] = {"fp32": (2_600, 3_300), "int8": (3_200, 6_900)}
+"""Of a graph without its inline arrays: of the model, and of each layer. Measured with 1 to 48 layers."""
+
+SMALL_FILES_BYTES = 3_500
+"""The model card, the licence and the files of other clients."""
+
+PROCESS_BYTES, LOADED_SHARE, VERIFICATION_BYTES_PER_ID = 110_000_000, 1.1, 10_800
+"""Fitted to the peaks of real conversions: the libraries; the package as onnxruntime holds it; the prompts' logits in
+every way of running them. Within 10% for demo (int8 195 MB, fp32 220 MB), 124M (778 MB, 1.25 GB), 774M (1.47 GB,
+3.96 GB) and 1558M (int8 2.27 GB).
+"""
+
+
+def package_bytes(config: GPT2Config, precision: Precision, *, tokenizer_bytes: int) -> int:
+    """All files but the manifest, within 1% for any model of use; `tokenizer_bytes` is what tokenizer.json takes."""
+    whole, layer = GRAPH_BYTES[precision]
+    inline = sum(size for size in _array_sizes(config, precision) if size <= INLINE_BYTES)
+    graph = whole + layer * config.n_layer + inline
+    return weights_bytes(config, precision) + graph + tokenizer_bytes + SMALL_FILES_BYTES
+
+
+def weights_bytes(config: GPT2Config, precision: Precision) -> int:
+    """The external data file, to the byte."""
+    end = 0
+    for size in _array_sizes(config, precision):
+        if size > INLINE_BYTES:
+            end += -end % ALIGNMENT + size
+    return end
+
+
+def _array_sizes(config: GPT2Config, precision: Precision) -> list[int]:
+    """Bytes of every array that is stored, in the order of the graph."""
+    return [size for name, shape in canonical_shapes(config).items() for size in _stored_sizes(name, shape, precision)]
+
+
+def _stored_sizes(name: str, shape: tuple[int, ...], precision: Precision) -> tuple[int, ...]:
+    """Bytes of the arrays that one tensor becomes: its values, and their scales if it is quantized."""
+    if precision == "fp32" or len(shape) == 1 or name == "wpe.weight":
+        return (4 * math.prod(shape),)
+    rows, columns = shape
+    if name in (EMBEDDING, HEAD):
+        block = head_block_size(columns)
+        blocks = rows * -(-columns // block)
+        return blocks * block, 4 * blocks
+    return rows * columns, 4 * columns
+
+
+def conversion_peak_bytes(config: GPT2Config, size: int) -> int:
+    """About how much memory it takes to make a package of `size` bytes, at the peak: while it is verified."""
+    return round(PROCESS_BYTES + LOADED_SHARE * size + VERIFICATION_BYTES_PER_ID * config.n_vocab)
