@@ -2,7 +2,7 @@
 
     python -m export.info demo
 
-Only headers are read, and the tokenizer. A checkpoint that cannot be converted is described as far as it can be read;
+Only headers are read, and the tokenizer; nothing is downloaded. A checkpoint that cannot be converted is described as far as it can be read;
 the command then ends with what is wrong.
 """
 
@@ -81,14 +81,14 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = CommandLineParser(
         prog="python -m export.info", description="Tell what a checkpoint is and would become, or what a package is."
     )
-    parser.add_argument("checkpoint", help="a folder (a package's too), or a name under the models folder")
+    parser.add_argument("checkpoint", help="a folder (a package's too), or a name as export.convert takes it")
     parser.add_argument("--models-dir", type=Path, default=Path("models"), metavar="DIR", help="default: models")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout, nothing else")
     return parser.parse_args(argv)
 
 
 def _show(options: argparse.Namespace) -> int:
-    folder = find_checkpoint(options.checkpoint, options.models_dir)
+    folder = find_checkpoint(options.checkpoint, options.models_dir, offline=True).folder
     show = show_package if (folder / MANIFEST).is_file() else show_checkpoint
     return show(folder, as_json=options.json)
 
