@@ -36,7 +36,7 @@ from runtime.package import (
 )
 from runtime.text_generator import TextGenerator
 
-from .checkpoint import Checkpoint, read_checkpoint
+from .checkpoint import Checkpoint, checkpoint_name, fit_vocabulary, read_checkpoint
 from .client_files import write_client_files, write_license, write_model_card
 from .fingerprint import FingerprintedTensors
 from .graph import ATTENTION, OPSET, build_graph
@@ -84,6 +84,7 @@ def convert(
     output: Path,
     *,
     precision: Precision = "int8",
+    tokenizer_dir: Path | None = None,
     force: bool = False,
     allow_loss: bool = False,
     progress: Progress | None = None,
@@ -91,9 +92,10 @@ def convert(
     """Turn a checkpoint into a package that was verified, or leave everything as it was.
 
     Args:
-        folder: the checkpoint.
+        folder: the checkpoint's folder, or its file where it is one file.
         output: the package's place.
         precision: "fp32" or "int8".
+        tokenizer_dir: holds the tokenizer; it lies beside the checkpoint where this is None.
         force: replace a package that is there.
         allow_loss: publish even if quantization cost more than the bar allows.
         progress: called as the work goes on.
@@ -106,12 +108,13 @@ def convert(
     started = time.perf_counter()
     progress = progress or (lambda _what, _done, _steps: None)
     checkpoint = read_checkpoint(folder)
-    tokenizer = build_tokenizer(folder, n_vocab=checkpoint.config.n_vocab)
+    tokenizer = build_tokenizer(tokenizer_dir or checkpoint.folder, n_vocab=checkpoint.config.n_vocab)
+    checkpoint = fit_vocabulary(checkpoint, tokenizer.get_vocab())
     with staged(output, force=force) as staging:
         weights_entry, fingerprint = _write_model(staging, checkpoint, precision, progress)
         write_tokenizer(tokenizer, staging, checkpoint.config.n_ctx)
         write_client_files(staging, checkpoint.config, precision)
-        write_license(staging, folder)
+        write_license(staging, checkpoint.folder)
         manifest = _describe(staging, checkpoint, precision, fingerprint, weights_entry)
         write_manifest(staging, manifest)
 
@@ -154,16 +157,16 @@ def _describe(
         attention=ATTENTION,
         opset=OPSET,
         needs=Needs(onnxruntime=OLDEST_ONNXRUNTIME[precision], processor=INT8_FEATURES if precision == "int8" else ()),
-        source=Source(name=_plain_name(checkpoint.folder), layout=checkpoint.layout, fingerprint=fingerprint),
+        source=Source(name=_plain_name(checkpoint.name), layout=checkpoint.layout, fingerprint=fingerprint),
         tools={"gpt2-edge": runtime.__version__, "python": platform.python_version()}
         | {name: version(name) for name in tools},
         files=_file_entries(staging, precision, weights_entry),
     )
 
 
-def _plain_name(folder: Path) -> str:
+def _plain_name(name: str) -> str:
     """A folder's name as text; bytes in it that are no UTF-8 become question marks."""
-    return folder.resolve().name.encode(errors="replace").decode()
+    return name.encode(errors="replace").decode()
 
 
 def _file_entries(staging: Path, precision: Precision, weights_entry: FileEntry) -> dict[str, FileEntry]:
@@ -198,11 +201,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         prog="python -m export.convert",
         description="Turn a GPT-2 checkpoint into a verified ONNX package.",
     )
-    parser.add_argument("checkpoint", help="a folder, or a name under the models folder")
+    parser.add_argument("checkpoint", help="a folder, a file of nanoGPT or llm.c, or a name under the models folder")
     parser.add_argument("--precision", choices=list(MODEL_FILES), default="int8")
     parser.add_argument("--device", choices=["cpu", "cuda", "tensorrt"], default="cpu")
     parser.add_argument("--output", type=Path, metavar="DIR", help="default: packages/<name>-<precision>")
     parser.add_argument("--models-dir", type=Path, default=Path("models"), metavar="DIR", help="default: models")
+    parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="default: beside the checkpoint")
     parser.add_argument("--force", action="store_true", help="replace the package that is there")
     parser.add_argument("--allow-loss", action="store_true", help="publish even if int8 costs more than the bar allows")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout, nothing else")
@@ -215,12 +219,13 @@ def _convert(options: argparse.Namespace) -> int:
             f"--device {options.device}: this version makes packages for the CPU only; leave --device out"
         )
     folder = find_checkpoint(options.checkpoint, options.models_dir)
-    output = options.output or Path("packages") / f"{folder.resolve().name}-{options.precision}"
+    output = options.output or Path("packages") / f"{checkpoint_name(folder)}-{options.precision}"
     with _Bar() as bar:
         conversion = convert(
             folder,
             output,
             precision=options.precision,
+            tokenizer_dir=options.tokenizer,
             force=options.force,
             allow_loss=options.allow_loss,
             progress=bar.show,

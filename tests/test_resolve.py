@@ -22,6 +22,10 @@ def test_a_path_is_taken_as_it_stands(models: Path) -> None:
     assert find_checkpoint(str(models / "alpha"), models) == models / "alpha"
 
 
+def test_a_file_is_taken_too(models: Path) -> None:
+    assert find_checkpoint(str(models / "README.md"), models) == models / "README.md"
+
+
 def test_a_name_is_looked_up_under_the_models_folder(models: Path) -> None:
     assert find_checkpoint("alpha", models) == models / "alpha"
 
@@ -36,14 +40,14 @@ def test_an_unknown_name_is_refused_with_the_known_ones(models: Path) -> None:
     with pytest.raises(CheckpointError) as caught:
         find_checkpoint("gamma", models)
     assert str(caught.value) == (
-        f"gamma: no checkpoint folder; looked at gamma and {models}/gamma; {models} holds alpha, beta; "
+        f"gamma: no checkpoint; looked at gamma and {models}/gamma; {models} holds alpha, beta; "
         "this version downloads nothing"
     )
 
 
 def test_an_absolute_path_is_looked_at_once(models: Path) -> None:
-    with pytest.raises(CheckpointError, match=rf"; looked at {models}/README.md; "):
-        find_checkpoint(f"{models}/README.md", models)
+    with pytest.raises(CheckpointError, match=rf"; looked at {models}/gamma; "):
+        find_checkpoint(f"{models}/gamma", models)
 
 
 def test_a_missing_models_folder_holds_no_checkpoints(tmp_path: Path) -> None:
