@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -200,7 +201,8 @@ def read_small_file(path: Path, limit_bytes: int) -> bytes:
     """
     try:
         with path.open("rb") as file:
-            content = file.read(limit_bytes + 1)
+            # By its size: read(limit) takes memory for all of the limit first.
+            content = file.read(min(os.fstat(file.fileno()).st_size, limit_bytes) + 1)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     if len(content) > limit_bytes:

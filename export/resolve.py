@@ -19,6 +19,6 @@ def find_checkpoint(name: str, models_dir: Path) -> Path:
             return place
     known = sorted(path.name for path in models_dir.iterdir() if path.is_dir()) if models_dir.is_dir() else []
     raise CheckpointError(
-        f"{name}: no checkpoint; looked at {' and '.join(map(str, places))}; "
+        f"{name}: no checkpoint folder; looked at {' and '.join(map(str, places))}; "
         f"{models_dir} holds {', '.join(known) or 'no checkpoints'}; this version downloads nothing"
     )

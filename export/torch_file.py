@@ -8,7 +8,9 @@ Older files hold one pickle after the other, and are read as a whole.
 
 from __future__ import annotations
 
+import io
 import logging
+import os
 import re
 import zipfile
 from collections.abc import Callable, Iterator
@@ -22,6 +24,7 @@ from .checkpoint_files import HeldTensor, StoredTensor, Tensor, is_plain_name
 logger = logging.getLogger(__name__)
 
 REASON_LIMIT = 200  # characters of torch's own words in a message
+ARCHIVE = b"PK\x03\x04"
 LOCAL_HEADER_BYTES = 30  # of a zip record, before its name and its extra field
 DTYPES = {"torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16", "torch.float64": "F64"}
 
@@ -40,8 +43,8 @@ def read_torch_file(path: Path) -> dict[Any, Any]:
         CheckpointError: torch is not installed; or the file cannot be read, is damaged, holds anything but tensors and
             plain values, or is no dictionary.
     """
-    file_size = _file_size(path)
-    if zipfile.is_zipfile(path):
+    file_size, is_archive = _look_at(path)
+    if is_archive:
         records = _read_records(path)
         content = _load(path, map_location="meta")
         if all(map(_is_located, _tensors(content))):
@@ -50,24 +53,42 @@ def read_torch_file(path: Path) -> dict[Any, Any]:
         content = _load(path, map_location="cpu", mmap=True)
     else:
         logger.warning("%s is in torch's layout from before 1.6: all of its %d bytes are in memory", path, file_size)
-        content = _load(path, map_location="cpu")
+        content = _load_from_before_1_6(path)
     return _with_tensors(content, lambda name, tensor: _hold(name, tensor, path, file_size))
 
 
-def _file_size(path: Path) -> int:
+def _look_at(path: Path) -> tuple[int, bool]:
+    """(bytes of the file, whether torch takes it for an archive)."""
     try:
-        return path.stat().st_size
+        with path.open("rb") as file:
+            return path.stat().st_size, file.read(len(ARCHIVE)) == ARCHIVE
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
-def _load(path: Path, **options: Any) -> dict[Any, Any]:
+class _BoundedReader(io.BufferedReader):
+    """Asked for more than the file has, Python takes memory for all of it first; and headers ask for anything."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        rest = os.fstat(self.fileno()).st_size - self.tell()
+        return super().read(rest if size is None or size < 0 else min(size, rest))
+
+
+def _load_from_before_1_6(path: Path) -> dict[Any, Any]:
+    try:
+        with path.open("rb", buffering=0) as raw, _BoundedReader(raw) as file:
+            return _load(path, file, map_location="cpu")
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def _load(path: Path, file: io.BufferedReader | None = None, **options: Any) -> dict[Any, Any]:
     try:
         import torch  # noqa: PLC0415  a gigabyte, for two layouts
     except ModuleNotFoundError as error:
         raise CheckpointError(f"{path} can be read with torch only: pip install 'gpt2-edge[torch]'") from error
     try:
-        content = torch.load(path, weights_only=True, **options)
+        content = torch.load(path if file is None else file, weights_only=True, **options)
     except Exception as error:
         # A hostile pickle can make torch raise anything. Its text is long, and advises to trust the file: cut it.
         reason = re.sub(r"^.*WeightsUnpickler error: ", "", str(error), flags=re.DOTALL).strip() or type(error).__name__
@@ -87,7 +108,7 @@ def _one_line(text: str) -> str:
 def _read_records(path: Path) -> Records:
     """All records; torch finds them by the same directory, but would also take what it cannot have written."""
     try:
-        with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+        with path.open("rb", buffering=0) as raw, _BoundedReader(raw) as file, zipfile.ZipFile(file) as archive:
             records = {}
             for record in archive.infolist():
                 if record.compress_type != zipfile.ZIP_STORED or record.flag_bits & 1:

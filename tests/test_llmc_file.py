@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import os
 import struct
-import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -13,15 +12,13 @@ from hypothesis import strategies as st
 from export.checkpoint import read_checkpoint
 from export.llmc_file import HEADER_BYTES, MAGIC, read_llmc
 from runtime.errors import CheckpointError
+from tests.memory import no_more_memory_than
 from tests.tiny import tiny_config, tiny_weights
 from tests.write_layouts import write_llmc_checkpoint
 
 CONFIG = tiny_config()
 WEIGHTS = tiny_weights(CONFIG)
 FIELDS = ("magic", "version", "n_ctx", "n_vocab", "n_layer", "n_head", "n_embd", "padded_vocab")
-
-OVERHEAD_BYTES = 256 << 10
-"""Python's own, for names, messages and one piece of a small tensor. Measured: 40 KB."""
 
 
 @pytest.fixture(scope="module")
@@ -149,14 +146,10 @@ def test_mutated_files(
     for at, value in changes:
         mutated[at] = value
     path.write_bytes(mutated[:cut])
-    tracemalloc.start()
-    try:
-        tensors = read_checkpoint(path).tensors
-        for name in tensors:
-            tensors[name]
-    except CheckpointError as error:
-        assert "\n" not in str(error)
-    finally:
-        peak = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-    assert peak <= path.stat().st_size + OVERHEAD_BYTES
+    with no_more_memory_than(path):
+        try:
+            tensors = read_checkpoint(path).tensors
+            for name in tensors:
+                tensors[name]
+        except CheckpointError as error:
+            assert "\n" not in str(error)

@@ -40,7 +40,7 @@ def test_an_unknown_name_is_refused_with_the_known_ones(models: Path) -> None:
     with pytest.raises(CheckpointError) as caught:
         find_checkpoint("gamma", models)
     assert str(caught.value) == (
-        f"gamma: no checkpoint; looked at gamma and {models}/gamma; {models} holds alpha, beta; "
+        f"gamma: no checkpoint folder; looked at gamma and {models}/gamma; {models} holds alpha, beta; "
         "this version downloads nothing"
     )
 

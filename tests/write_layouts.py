@@ -31,7 +31,7 @@ def state_dict(weights: Weights, *, prefix: str = "transformer.", tied_head: boo
     """Canonical weights as torch's tensors; as transformers does, the tied head is the embedding itself."""
     torch = need_torch()
     tensors = {
-        name if name == "lm_head.weight" else prefix + name: torch.from_numpy(np.array(values))
+        name if name == "lm_head.weight" else prefix + name: torch.from_numpy(np.array(values, order="C"))
         for name, values in weights.items()
     }
     if tied_head:
