@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 OVERHEAD_BYTES = 256 << 10
-"""Python's own, for names, parsed headers and messages of tiny files. Measured: @@."""
+"""Python's own, for names, parsed headers and messages of tiny files. Measured: 29 KB."""
 
 
 @contextmanager

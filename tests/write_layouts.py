@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 
 from runtime.config import GPT2Config
 
+from .conformance.conftest import import_client
 from .tiny import Weights, hugging_face_config
 
 LLMC_ORDER = (
@@ -22,9 +22,8 @@ LLMC_ORDER = (
 
 
 def need_torch() -> Any:
-    return pytest.importorskip(
-        "torch", reason="torch is not installed: pip install 'gpt2-edge[conformance]', or run scripts/test"
-    )
+    """torch, or the end of the test, as for the clients of the conformance tests."""
+    return import_client("torch")
 
 
 def state_dict(weights: Weights, *, prefix: str = "transformer.", tied_head: bool = True) -> dict[str, Any]:
@@ -132,7 +131,7 @@ def _turned(name: str, values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 
 def _with_tokenizer(folder: Path, tokenizer_dir: Path | None) -> Path:
-    for file_name in ("vocab.json", "merges.txt") if tokenizer_dir else ():
-        assert tokenizer_dir is not None
-        shutil.copy(tokenizer_dir / file_name, folder / file_name)
+    if tokenizer_dir is not None:
+        for file_name in ("vocab.json", "merges.txt"):
+            shutil.copy(tokenizer_dir / file_name, folder / file_name)
     return folder
