@@ -49,7 +49,7 @@ def read_torch_file(path: Path) -> dict[Any, Any]:
         content = _load(path, map_location="meta")
         if all(map(_is_located, _tensors(content))):
             return _with_tensors(content, lambda name, tensor: _locate(name, tensor, path, records, file_size))
-        logger.warning("%s holds tensors that are no plain arrays: it is read as a whole", path)
+        logger.warning("%s is read as a whole: some tensors are views, or this torch does not say where they lie", path)
         content = _load(path, map_location="cpu", mmap=True)
     else:
         logger.warning("%s is in torch's layout from before 1.6: all of its %d bytes are in memory", path, file_size)
