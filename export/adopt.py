@@ -14,7 +14,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -30,7 +30,7 @@ from runtime.decoder import Decoder
 from runtime.errors import CheckpointError, VerificationError
 from runtime.package import CONFIG, LOGITS, Attention, GoldenPrompt, Precision
 
-from .checkpoint import EMBEDDING, HEAD, Checkpoint, read_checkpoint
+from .checkpoint import EMBEDDING, HEAD, Checkpoint, fit_vocabulary, read_checkpoint
 from .checkpoint_files import Float32Array
 from .graph import ATTENTION, IR_VERSION, OPSET, build_graph, declare_inputs, declare_outputs, last_positions
 from .onnx_builder import GraphBuilder, WeightsFile
@@ -63,6 +63,13 @@ class GraphSource:
     attention: Attention
     opset: int
     tools: Mapping[str, str]
+
+    def fitted(self, ids: Mapping[str, int]) -> GraphSource:
+        """The same with the vocabulary of a tokenizer, token -> id; errors as `checkpoint.fit_vocabulary`."""
+        checkpoint = fit_vocabulary(self.checkpoint, ids)
+        if checkpoint is self.checkpoint:
+            return self
+        return replace(self, checkpoint=checkpoint, tensors=checkpoint.tensors)
 
 
 @contextmanager

@@ -1,39 +1,36 @@
 """Every checkpoint layout -> one canonical, lazy mapping from names to arrays, and a GPT2Config.
 
-    openai-tensorflow      hparams.json and <prefix>.index, with <prefix>.data-?????-of-????? beside it
-    safetensors            config.json and model.safetensors
-    safetensors-sharded    config.json and model.safetensors.index.json, with its shards beside it
-
 The canonical names are those of Hugging Face's state dict without "transformer."; matrices are [in, out]. Only this
-file knows how others spell them. (Layout "onnx" are weights recovered from a graph: export/onnx_export.py.)
+file and `layouts`, which reads each layout as it is, know how others spell and turn them.
 """
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from runtime.config import GPT2Config
 from runtime.errors import CheckpointError
 
-from .checkpoint_config import read_hf_config, read_hparams
-from .checkpoint_files import Float32Array, StoredTensor, is_plain_name, read_small_file
-from .safetensors_file import read_safetensors, read_sharded_safetensors
-from .tensorbundle import read_index
+from .checkpoint_files import Float32Array, HeldTensor, Tensor
+from .layouts import HUGGING_FACE, NANOGPT, Layout, StoredCheckpoint, read_layout
+from .tokenizer_files import END_OF_TEXT
 
-Layout = Literal["openai-tensorflow", "safetensors", "safetensors-sharded", "onnx"]
+logger = logging.getLogger(__name__)
 
 FAULTS_SHOWN = 20
-FILES_SHOWN = 8
-POINTER_LIMIT_BYTES = 1 << 20  # of the text file "checkpoint", which lists every checkpoint that a training kept
 HEAD = "lm_head.weight"
 EMBEDDING = "wte.weight"
-MASK_BUFFERS = (".attn.bias", ".attn.masked_bias")  # the causal mask, which old versions of transformers stored
+WITHOUT_VOCABULARY: tuple[Layout, ...] = ("nanogpt", "llm.c")
+"""Layouts that say how many rows the embedding has, not what they mean: the last ones may be padding."""
+PADDING_LIMIT = 1024
+"""Rows; vocabularies are padded to a multiple of 64 or 128, of 1024 at most. More is no padding: another tokenizer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,48 +38,89 @@ class Checkpoint:
     """A checkpoint that was recognised, and whose headers were checked.
 
     Attributes:
-        folder: where it lies.
+        folder: where it lies, its tokenizer beside it.
+        name: of its folder, or of its file where that has a name of its own.
         layout: how it is stored.
         config: its numbers; `tie_word_embeddings` is what the tensors are, see `read_checkpoint`.
-        source_config: its own config.json or hparams.json, as parsed, with all that GPT2Config has no field for.
+        source_config: its own config.json, hparams.json, model_args or header, as parsed, with all that GPT2Config
+            has no field for.
         tensors: exactly the names and shapes of `canonical_shapes(config)`, in that order, each C-contiguous float32
             and finite. Every look-up reads from disk anew. Damage raises CheckpointError, with all damage there is.
     """
 
     folder: Path
+    name: str
     layout: Layout
     config: GPT2Config
     source_config: Mapping[str, Any]
     tensors: Mapping[str, Float32Array]
 
 
-def read_checkpoint(folder: Path) -> Checkpoint:
+def read_checkpoint(path: Path) -> Checkpoint:
     """Recognise a checkpoint, and check its config and its headers; tensors are read later, one by one.
 
     A head (lm_head.weight) that equals the embedding bit for bit is tied, whatever the config says. A different one is
     kept where config.json says `tie_word_embeddings` false, else refused: transformers would ignore it.
 
     Args:
-        folder: the checkpoint's folder.
+        path: the checkpoint's folder, or its file where it is one file; see `layouts`.
     Returns:
         The checkpoint, its tensors unread (but for the head, if there is one).
     Raises:
         CheckpointError: no checkpoint, or no GPT-2, or not supported; or tensors are missing, unknown, misshaped, of
             another type, damaged or not finite. All faults of the tensors are named: once there is one, all are read.
     """
-    layout = _recognise_layout(folder)
-    if layout == "openai-tensorflow":
-        source, declared = read_hparams(folder / "hparams.json")
-        stored = {name: _drop_leading_one(tensor) for name, tensor in read_index(_find_index(folder)).items()}
-    else:
-        source, declared = read_hf_config(folder / "config.json")
-        if layout == "safetensors":
-            stored = read_safetensors(folder / "model.safetensors")
-        else:
-            stored = read_sharded_safetensors(folder / "model.safetensors.index.json")
-        stored = {name: tensor for name, tensor in stored.items() if not name.endswith(MASK_BUFFERS)}
-    config, sources = _match_tensors(folder, layout, declared, stored)
-    return Checkpoint(folder, layout, config, source, TensorsOnDisk(folder, sources))
+    stored = read_layout(path)
+    config, tensors = _match_tensors(path, stored)
+    return Checkpoint(
+        folder=path.parent if path.is_file() else path,
+        name=checkpoint_name(path),
+        layout=stored.layout,
+        config=config,
+        source_config=stored.source_config,
+        tensors=tensors,
+    )
+
+
+def checkpoint_name(path: Path) -> str:
+    """What a checkpoint is called: as its folder, or as its file, unless that is called as all others are."""
+    path = path.resolve()
+    if not path.is_file():
+        return path.name
+    return path.parent.name if path.name == NANOGPT else path.stem
+
+
+def fit_vocabulary(checkpoint: Checkpoint, ids: Mapping[str, int]) -> Checkpoint:
+    """The checkpoint with the vocabulary of its tokenizer, where the layout has none of its own.
+
+    Rows of the embedding beyond the tokens are padding there, and are dropped: no text has them, and what the model
+    makes of them is chance. Layouts that declare a vocabulary keep it.
+
+    Args:
+        checkpoint: of any layout.
+        ids: token -> id of its tokenizer, without gaps, `<|endoftext|>` among them.
+    Raises:
+        CheckpointError: there are far too many rows for padding.
+    """
+    n_vocab, n_tokens = checkpoint.config.n_vocab, len(ids)
+    if checkpoint.layout not in WITHOUT_VOCABULARY:
+        return checkpoint
+    if n_vocab - n_tokens >= PADDING_LIMIT:
+        raise CheckpointError(
+            f"{checkpoint.folder}: the embedding has {n_vocab} rows, the tokenizer {n_tokens} tokens, more rows than "
+            "padding explains; name a folder with its own tokenizer with --tokenizer DIR"
+        )
+    if n_tokens < n_vocab:
+        logger.warning(
+            "%s: the last %d of %d rows of the embedding are padding, and dropped: the tokenizer has %d tokens",
+            checkpoint.folder,
+            n_vocab - n_tokens,
+            n_vocab,
+            n_tokens,
+        )
+    assert isinstance(checkpoint.tensors, TensorsOnDisk), "these layouts lie on disk"
+    config = replace(checkpoint.config, n_vocab=n_tokens, eos_token_id=ids[END_OF_TEXT])
+    return replace(checkpoint, config=config, tensors=checkpoint.tensors.with_rows(EMBEDDING, n_tokens))
 
 
 def canonical_shapes(config: GPT2Config) -> dict[str, tuple[int, ...]]:
@@ -112,78 +150,70 @@ def canonical_shapes(config: GPT2Config) -> dict[str, tuple[int, ...]]:
 class TensorsOnDisk(Mapping[str, Float32Array]):
     """Canonical name -> array, read at the moment it is asked for."""
 
-    def __init__(self, folder: Path, sources: Mapping[str, StoredTensor]) -> None:
-        self._folder = folder
-        self._sources = sources
+    def __init__(self, where: Path, sources: Mapping[str, Tensor], turned: frozenset[str]) -> None:
+        """`where` is for messages; `turned` are the matrices that are stored [out, in]."""
+        self._where = where
+        self.sources = sources
+        self._turned = turned
 
     def __getitem__(self, name: str) -> Float32Array:
-        tensor = self._sources[name]
+        tensor = self.sources[name]
         try:
-            return tensor.read()
+            values = tensor.read()
         except CheckpointError as error:
-            faults = [*_find_damage(self._sources.values()), str(error)]
-            raise _list_faults(self._folder, faults) from error
+            faults = [*_find_damage(self.sources.values()), str(error)]
+            raise _list_faults(self._where, faults) from error
+        return np.ascontiguousarray(values.T) if name in self._turned else values
 
     def __contains__(self, name: object) -> bool:  # Mapping's own would read the tensor
-        return name in self._sources
+        return name in self.sources
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._sources)
+        return iter(self.sources)
 
     def __len__(self) -> int:
-        return len(self._sources)
+        return len(self.sources)
+
+    def with_rows(self, name: str, count: int) -> TensorsOnDisk:
+        """The same tensors, one of them cut to its first rows."""
+        return TensorsOnDisk(self._where, {**self.sources, name: self.sources[name].rows(count)}, self._turned)
 
 
-# --- layouts -----------------------------------------------------------------------------------------------------
+# --- tensors -----------------------------------------------------------------------------------------------------
 
 
-def _recognise_layout(folder: Path) -> Layout:
-    try:
-        names = sorted(path.name for path in folder.iterdir())
-    except OSError as error:
-        raise CheckpointError(f"{folder} is no checkpoint folder: {error.strerror or error}") from error
-    layouts: list[Layout] = []
-    if "hparams.json" in names and any(name.endswith(".index") for name in names):
-        layouts.append("openai-tensorflow")
-    if "config.json" in names and "model.safetensors" in names:  # which transformers prefers to shards
-        layouts.append("safetensors")
-    elif "config.json" in names and "model.safetensors.index.json" in names:
-        layouts.append("safetensors-sharded")
-    if len(layouts) > 1:
-        raise CheckpointError(f"{folder} holds two checkpoints, {' and '.join(layouts)}: move one to its own folder")
-    if not layouts:
-        more = f" and {len(names) - FILES_SHOWN} more" if len(names) > FILES_SHOWN else ""
-        raise CheckpointError(
-            f"{folder} is no checkpoint that can be read: looked for hparams.json with *.index (OpenAI), and for "
-            "config.json with model.safetensors or model.safetensors.index.json (Hugging Face); found "
-            f"{', '.join(names[:FILES_SHOWN]) or 'nothing'}{more}"
-        )
-    return layouts[0]
-
-
-def _find_index(folder: Path) -> Path:
-    """The index that the file "checkpoint" names, or the only one there is."""
-    pointer = folder / "checkpoint"
-    if not pointer.exists():
-        indices = sorted(folder.glob("*.index"))
-        if len(indices) > 1:
-            raise CheckpointError(
-                f"{folder} holds {len(indices)} checkpoints ({indices[0].name}, {indices[1].name} ...) and no file "
-                "named checkpoint that says which one counts"
-            )
-        return indices[0]
-    text = read_small_file(pointer, POINTER_LIMIT_BYTES).decode("utf-8", "replace")
-    found = re.search(r'^model_checkpoint_path:\s*"([^"\n]+)"', text, re.MULTILINE)
-    # The path may be absolute, and of the machine that trained: what counts is the file name at its end.
-    prefix = re.split(r"[/\\]", found[1])[-1] if found else ""
-    if not is_plain_name(prefix):
-        raise CheckpointError(f'{pointer} has no line model_checkpoint_path: "..." that ends in a file name')
-    return folder / f"{prefix}.index"
-
-
-def _drop_leading_one(tensor: StoredTensor) -> StoredTensor:
-    """OpenAI's matrices are convolutions of width one, [1, in, out]."""
-    return replace(tensor, shape=tensor.shape[1:]) if len(tensor.shape) == 3 and tensor.shape[0] == 1 else tensor
+def _match_tensors(where: Path, checkpoint: StoredCheckpoint) -> tuple[GPT2Config, TensorsOnDisk]:
+    """The configuration with the head as it is, and the stored tensors by canonical name, in canonical order."""
+    layout, config, stored = checkpoint.layout, checkpoint.config, checkpoint.tensors
+    if config.n_layer > len(stored):  # before names are made up for so many blocks
+        raise CheckpointError(f"{where}: its config says n_layer {config.n_layer}, it holds {len(stored)} tensors")
+    prefix = "transformer." if any(name.startswith("transformer.") for name in stored) else ""
+    faults: list[str] = []
+    if layout != "openai-tensorflow" and HEAD in stored:
+        tied = _is_tied(checkpoint, stored.get(prefix + EMBEDDING), faults)
+        config = replace(config, tie_word_embeddings=tied)
+        if tied:
+            stored = {name: tensor for name, tensor in stored.items() if name != HEAD}
+    shapes = canonical_shapes(config)
+    absent = {name for name in shapes if name.endswith(".bias") and not checkpoint.has_biases}
+    turned = {name for name in shapes if checkpoint.linears_out_in and name.startswith("h.") and len(shapes[name]) == 2}
+    spelled = {name: _spell(name, layout, prefix) for name in shapes if name not in absent}
+    found = {name: stored[spelling] for name, spelling in spelled.items() if spelling in stored}
+    known = set(spelled.values())
+    faults += [f"{spelling} is missing" for spelling in spelled.values() if spelling not in stored]
+    faults += [f"{name} is no tensor of this GPT-2" for name in stored if name not in known]
+    for name, tensor in found.items():
+        expected = shapes[name][::-1] if name in turned else shapes[name]
+        if tensor.shape != expected:
+            faults.append(f"{tensor.name} is {list(tensor.shape)}, expected {list(expected)}")
+    faults += [tensor.fault for tensor in found.values() if tensor.fault]
+    if faults:
+        raise _list_faults(where, [*faults, *_find_damage(found.values())])
+    sources = {
+        name: HeldTensor(name, np.zeros(shape, np.float32)) if name in absent else found[name]
+        for name, shape in shapes.items()
+    }
+    return config, TensorsOnDisk(where, sources, frozenset(turned))
 
 
 def _spell(name: str, layout: Layout, prefix: str) -> str:
@@ -198,42 +228,9 @@ def _spell(name: str, layout: Layout, prefix: str) -> str:
     return f"model/{module}/{letter}"
 
 
-# --- tensors -----------------------------------------------------------------------------------------------------
-
-
-def _match_tensors(
-    folder: Path, layout: Layout, declared: GPT2Config, stored: Mapping[str, StoredTensor]
-) -> tuple[GPT2Config, dict[str, StoredTensor]]:
-    """The configuration with the head as it is, and the stored tensors by canonical name, in canonical order."""
-    if declared.n_layer > len(stored):  # before names are made up for so many blocks
-        raise CheckpointError(f"{folder}: its config says n_layer {declared.n_layer}, it holds {len(stored)} tensors")
-    prefix = "transformer." if any(name.startswith("transformer.") for name in stored) else ""
-    faults: list[str] = []
-    config = declared
-    if layout != "openai-tensorflow" and HEAD in stored:
-        tied = _is_tied(stored[HEAD], stored.get(prefix + EMBEDDING), declared.tie_word_embeddings, faults)
-        config = replace(declared, tie_word_embeddings=tied)
-        if tied:
-            stored = {name: tensor for name, tensor in stored.items() if name != HEAD}
-    shapes = canonical_shapes(config)
-    spelled = {name: _spell(name, layout, prefix) for name in shapes}
-    sources = {name: stored[spelling] for name, spelling in spelled.items() if spelling in stored}
-    known = set(spelled.values())
-    faults += [f"{spelling} is missing" for spelling in spelled.values() if spelling not in stored]
-    faults += [f"{name} is no tensor of this GPT-2" for name in stored if name not in known]
-    faults += [
-        f"{tensor.name} is {list(tensor.shape)}, expected {list(shapes[name])}"
-        for name, tensor in sources.items()
-        if tensor.shape != shapes[name]
-    ]
-    faults += [tensor.fault for tensor in sources.values() if tensor.fault]
-    if faults:
-        raise _list_faults(folder, [*faults, *_find_damage(sources.values())])
-    return config, sources
-
-
-def _is_tied(head: StoredTensor, embedding: StoredTensor | None, declared: bool, faults: list[str]) -> bool:
+def _is_tied(checkpoint: StoredCheckpoint, embedding: Tensor | None, faults: list[str]) -> bool:
     """Whether the head that is stored is the embedding, bit for bit; a difference that is not declared is a fault."""
+    head = checkpoint.tensors[HEAD]
     if embedding is None:
         return False
     try:
@@ -244,15 +241,16 @@ def _is_tied(head: StoredTensor, embedding: StoredTensor | None, declared: bool,
     except CheckpointError as error:
         faults.append(str(error))
         return False
-    if declared and not tied:
-        faults.append(
-            f"{HEAD} differs from {embedding.name}, but config.json says or implies tie_word_embeddings true: set it "
-            f"to false to use both, or remove {HEAD}"
+    if checkpoint.config.tie_word_embeddings and not tied:
+        in_config = (
+            f"config.json says or implies tie_word_embeddings true: set it to false to use both, or remove {HEAD}"
         )
+        ties = in_config if checkpoint.layout in HUGGING_FACE.values() else f"{checkpoint.layout} ties them"
+        faults.append(f"{HEAD} differs from {embedding.name}, but {ties}")
     return tied
 
 
-def _find_damage(tensors: Iterable[StoredTensor]) -> Iterator[str]:
+def _find_damage(tensors: Iterable[Tensor]) -> Iterator[str]:
     """Read everything, a piece at a time, and say what cannot be read."""
     for tensor in tensors:
         try:
@@ -262,8 +260,8 @@ def _find_damage(tensors: Iterable[StoredTensor]) -> Iterator[str]:
             yield str(error)
 
 
-def _list_faults(folder: Path, faults: Iterable[str]) -> CheckpointError:
+def _list_faults(where: Path, faults: Iterable[str]) -> CheckpointError:
     unique = list(dict.fromkeys(faults))
     more = f"; and {len(unique) - FAULTS_SHOWN} more" if len(unique) > FAULTS_SHOWN else ""
     count = "1 fault" if len(unique) == 1 else f"{len(unique)} faults"
-    return CheckpointError(f"{folder}: {count} in its tensors: {'; '.join(unique[:FAULTS_SHOWN])}{more}")
+    return CheckpointError(f"{where}: {count} in its tensors: {'; '.join(unique[:FAULTS_SHOWN])}{more}")

@@ -11,6 +11,7 @@ from runtime.config import Activation, GPT2Config
 from runtime.errors import CheckpointError, ConfigError
 
 from .checkpoint_files import read_json_object
+from .llmc_file import LlmcHeader
 
 SIZE_LIMIT = 1 << 31  # above every size of every GPT-2, and small enough that products of sizes stay harmless
 
@@ -54,9 +55,16 @@ HF_DEFAULTS: Mapping[str, bool | float] = {
     "scale_attn_by_inverse_layer_idx": False,
     "tie_word_embeddings": True,
 }
-HF_DEFAULT_EOS = 50256  # likewise, where the vocabulary reaches as far
+DEFAULT_EOS = 50256  # likewise, where the vocabulary reaches as far
 
 HPARAMS = ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer")
+MODEL_ARGS = {  # our name of a size -> nanoGPT's
+    "n_layer": "n_layer",
+    "n_head": "n_head",
+    "n_embd": "n_embd",
+    "n_ctx": "block_size",
+    "n_vocab": "vocab_size",
+}
 HPARAMS_OF_TRAINING = {"attn_dropout", "embd_dropout", "res_dropout", "resid_dropout"}  # no effect afterwards
 
 
@@ -117,6 +125,43 @@ def read_hparams(path: Path) -> tuple[dict[str, Any], GPT2Config]:
     return values, _validated(path, **sizes, n_inner=4 * sizes["n_embd"], eos_token_id=sizes["n_vocab"] - 1)
 
 
+def read_model_args(path: Path, values: Mapping[Any, Any]) -> tuple[GPT2Config, bool]:
+    """Read nanoGPT's model_args: its sizes; its activation is the exact GELU, the rest is as OpenAI's.
+
+    Args:
+        path: the checkpoint, for messages.
+        values: what stands in it under model_args.
+    Returns:
+        The configuration, and whether there are biases. `<|endoftext|>` is where GPT-2's tokenizer has it, or the last
+        row: nanoGPT does not say.
+    Raises:
+        CheckpointError: a size is missing or out of range, or there is a field that is not nanoGPT's; all are named.
+    """
+    unknown = sorted(str(name) for name in set(values) - {*MODEL_ARGS.values(), "bias", "dropout"})
+    faults = [f"fields {reprlib.repr(unknown)} of model_args are not supported"] if unknown else []
+    sizes = {ours: _read_size(values, (theirs,), faults) for ours, theirs in MODEL_ARGS.items()}
+    has_biases = values.get("bias", True)
+    if type(has_biases) is not bool:
+        faults.append(f"bias is {reprlib.repr(has_biases)}, expected true or false")
+    _refuse(path, faults)
+    return _of_trainer(path, activation="gelu", **sizes), has_biases
+
+
+def read_llmc_header(path: Path, header: LlmcHeader) -> GPT2Config:
+    """What llm.c's header says; the rest is as OpenAI's, `<|endoftext|>` as in `read_model_args`.
+
+    Raises:
+        CheckpointError: two numbers contradict each other.
+    """
+    sizes = {name: getattr(header, name) for name in ("n_layer", "n_head", "n_embd", "n_ctx", "n_vocab")}
+    return _of_trainer(path, **sizes)
+
+
+def _of_trainer(path: Path, **numbers: Any) -> GPT2Config:
+    eos_token_id = min(DEFAULT_EOS, numbers["n_vocab"] - 1)
+    return _validated(path, **numbers, n_inner=4 * numbers["n_embd"], eos_token_id=eos_token_id)
+
+
 def _unsupported(values: Mapping[str, Any]) -> list[str]:
     faults = [f"{name} is {reprlib.repr(values[name])}, not supported" for name in HF_REFUSED if values.get(name)]
     if values.get("model_type") != "gpt2":
@@ -143,7 +188,7 @@ def _read_size(values: Mapping[str, Any], names: tuple[str, ...], faults: list[s
 
 def _eos_token_id(values: Mapping[str, Any], n_vocab: int) -> Any:
     """The id as written, or what transformers assumes, within the vocabulary; a list of one id is that id."""
-    written = values.get("eos_token_id", min(HF_DEFAULT_EOS, n_vocab - 1))
+    written = values.get("eos_token_id", min(DEFAULT_EOS, n_vocab - 1))
     return written[0] if isinstance(written, list) and len(written) == 1 else written
 
 

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import google_crc32c
 import numpy as np
@@ -27,6 +28,37 @@ RANK_LIMIT = 8  # GPT-2's tensors have at most three dimensions
 
 # Stored type -> bytes per value. Everything is widened to float32, exactly except for F64.
 READABLE_DTYPES = {"F32": 4, "F16": 2, "BF16": 2, "F64": 8}
+
+
+class Tensor(Protocol):
+    """One tensor of a checkpoint, under the name and in the shape that its layout gives it."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def fault(self) -> str | None:
+        """Why it cannot be read, as far as can be told without reading it."""
+
+    def rows(self, count: int) -> Tensor:
+        """The tensor of its first `count` rows."""
+
+    def read(self) -> Float32Array:
+        """The values, [*shape] float32, C-contiguous.
+
+        Raises:
+            CheckpointError: as `pieces`.
+        """
+
+    def pieces(self) -> Iterator[Float32Array]:
+        """The same values in order, flat, PIECE_VALUES at a time. Nothing is valid before the last piece came.
+
+        Raises:
+            CheckpointError: the tensor has a `fault`, is damaged, or holds NaN or Inf.
+        """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,12 +95,13 @@ class StoredTensor:
             return f"{self.name} ends at byte {end} of {self.path.name}, which has {self.file_size} bytes"
         return None
 
-    def read(self) -> Float32Array:
-        """The tensor, [*shape] float32, C-contiguous.
+    def rows(self, count: int) -> StoredTensor:
+        """As in `Tensor`; a checksum covers all rows, so it cannot hold for some."""
+        row_size = self.size // self.shape[0]
+        return replace(self, shape=(count, *self.shape[1:]), size=count * row_size, masked_crc32c=None)
 
-        Raises:
-            CheckpointError: as `pieces`.
-        """
+    def read(self) -> Float32Array:
+        """As in `Tensor`."""
         if self.fault:  # before memory is taken for a shape that no file backs
             raise CheckpointError(self.fault)
         values = np.empty(math.prod(self.shape), np.float32)
@@ -79,7 +112,7 @@ class StoredTensor:
         return values.reshape(self.shape)
 
     def pieces(self) -> Iterator[Float32Array]:
-        """The same values in order, flat, PIECE_VALUES at a time. Nothing is valid before the last piece came.
+        """As in `Tensor`.
 
         Raises:
             CheckpointError: the tensor has a `fault`, its bytes do not match their checksum, a value is NaN or Inf, or
@@ -110,8 +143,46 @@ class StoredTensor:
             found = f"{mask_crc32c(crc):#010x} of its bytes, {self.masked_crc32c:#010x} recorded"
             raise CheckpointError(f"{self.name} is damaged: checksum {found}; copy {self.path.name} again")
         if not_finite is not None:
-            where = [int(i) for i in np.unravel_index(not_finite, self.shape)]
-            raise CheckpointError(f"{self.name} holds NaN or Inf, first at {where}")
+            raise _not_finite(self, not_finite)
+
+
+@dataclass(frozen=True, slots=True)
+class HeldTensor:
+    """A tensor that is in memory, because its file cannot be read in parts, or has no bytes for it."""
+
+    name: str
+    values: NDArray[Any]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.values.shape
+
+    @property
+    def fault(self) -> str | None:
+        dtype = self.values.dtype
+        return None if dtype.kind == "f" else f"{self.name} has dtype {dtype}, expected numbers with a fraction"
+
+    def rows(self, count: int) -> HeldTensor:
+        """As in `Tensor`."""
+        return HeldTensor(self.name, self.values[:count])
+
+    def read(self) -> Float32Array:
+        """As in `Tensor`; always an array of its own."""
+        for _ in self.pieces():
+            pass
+        return self.values.astype(np.float32, order="C")
+
+    def pieces(self) -> Iterator[Float32Array]:
+        """As in `Tensor`."""
+        if self.fault:
+            raise CheckpointError(self.fault)
+        flat = self.values.reshape(-1)
+        for start in range(0, flat.size, PIECE_VALUES):
+            with np.errstate(over="ignore"):
+                piece = flat[start : start + PIECE_VALUES].astype(np.float32)
+            if not _is_finite(piece):
+                raise _not_finite(self, start + int(np.argmin(np.isfinite(piece))))
+            yield piece
 
 
 def mask_crc32c(crc: int) -> int:
@@ -130,7 +201,8 @@ def read_small_file(path: Path, limit_bytes: int) -> bytes:
     """
     try:
         with path.open("rb") as file:
-            content = file.read(limit_bytes + 1)
+            # By its size: read(limit) takes memory for all of the limit first.
+            content = file.read(min(os.fstat(file.fileno()).st_size, limit_bytes) + 1)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     if len(content) > limit_bytes:
@@ -172,6 +244,11 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(unique) != len(pairs):
         raise ValueError("it names a key twice")
     return unique
+
+
+def _not_finite(tensor: Tensor, first: int) -> CheckpointError:
+    where = [int(i) for i in np.unravel_index(first, tensor.shape)]
+    return CheckpointError(f"{tensor.name} holds NaN or Inf, first at {where}")
 
 
 def _widen(raw: bytes, dtype: str) -> Float32Array:

@@ -78,12 +78,13 @@ class Conversion:
 
 
 def convert(
-    folder: Path,
+    path: Path,
     output: Path,
     *,
     name: str | None = None,
     precision: Precision = "int8",
     origin: GraphOrigin = "built",
+    tokenizer_dir: Path | None = None,
     force: bool = False,
     allow_loss: bool = False,
     progress: Progress | None = None,
@@ -91,11 +92,12 @@ def convert(
     """Turn a checkpoint into a package that was verified, or leave everything as it was.
 
     Args:
-        folder: the checkpoint, or the export if that is the graph's origin.
+        path: the checkpoint's folder, or its file where it is one file; the export if that is the graph's origin.
         output: the package's place.
-        name: what the checkpoint is called; without it, as its folder is.
+        name: what the checkpoint is called; without it, as its folder or file is.
         precision: "fp32" or "int8".
         origin: who makes the graph, see `export.adopt`.
+        tokenizer_dir: holds the tokenizer; it lies beside the checkpoint where this is None.
         force: replace a package that is there.
         allow_loss: publish even if quantization cost more than the bar allows.
         progress: called as the work goes on.
@@ -107,16 +109,16 @@ def convert(
     """
     started = time.perf_counter()
     progress = progress or (lambda _what, _done, _steps: None)
-    with opened(folder, origin) as graph, staged(output, force=force) as staging:
+    with opened(path, origin) as graph, staged(output, force=force) as staging:
+        checkpoint = graph.checkpoint
+        tokenizer = build_tokenizer(tokenizer_dir or checkpoint.folder, n_vocab=checkpoint.config.n_vocab)
+        graph = graph.fitted(tokenizer.get_vocab())  # noqa: PLW2901
         config = graph.checkpoint.config
-        tokenizer = build_tokenizer(folder, n_vocab=config.n_vocab)
         weights_entry, fingerprint = _write_model(staging, graph, precision, progress)
         write_tokenizer(tokenizer, staging, config.n_ctx)
         write_client_files(staging, config, precision, graph.attention)
-        write_license(staging, folder)
-        source = Source(
-            name=_plain_text(name or folder.resolve().name), layout=graph.checkpoint.layout, fingerprint=fingerprint
-        )
+        write_license(staging, checkpoint.folder)
+        source = Source(name=_plain_text(name or checkpoint.name), layout=checkpoint.layout, fingerprint=fingerprint)
         manifest = _describe(staging, graph, precision, source, weights_entry)
         write_manifest(staging, manifest)
 
@@ -206,7 +208,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         description="Turn a GPT-2 checkpoint into a verified ONNX package.",
     )
     parser.add_argument(
-        "checkpoint", nargs="?", help="a folder, a name under the models folder, a size (774M), a Hugging Face id"
+        "checkpoint",
+        nargs="?",
+        help="a folder, a file of nanoGPT or llm.c, a name under the models folder, a size (774M), a Hugging Face id",
     )
     parser.add_argument("--from-onnx", type=Path, metavar="DIR", help="instead: a folder that optimum exported")
     parser.add_argument("--exporter", choices=["own", "optimum"], help="who makes a checkpoint's graph; default: own")
@@ -214,6 +218,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=["cpu", "cuda", "tensorrt"], default="cpu")
     parser.add_argument("--output", type=Path, metavar="DIR", help="default: packages/<name>-<precision>")
     parser.add_argument("--models-dir", type=Path, default=Path("models"), metavar="DIR", help="default: models")
+    parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="default: beside the checkpoint")
     parser.add_argument("--offline", action="store_true", help="download nothing; so does HF_HUB_OFFLINE=1")
     parser.add_argument("--force", action="store_true", help="replace the package that is there")
     parser.add_argument("--allow-loss", action="store_true", help="publish even if int8 costs more than the bar allows")
@@ -239,11 +244,12 @@ def _convert(options: argparse.Namespace) -> int:
             found = find_checkpoint(options.checkpoint, options.models_dir, offline=options.offline, progress=bar.show)
         made_by = "-optimum" if origin == "optimum" else ""
         conversion = convert(
-            found.folder,
+            found.path,
             options.output or Path("packages") / f"{PurePath(found.name).name}{made_by}-{options.precision}",
             name=found.name,
             precision=options.precision,
             origin=origin,
+            tokenizer_dir=options.tokenizer,
             force=options.force,
             allow_loss=options.allow_loss,
             progress=bar.show,

@@ -2,8 +2,8 @@
 
     python -m export.info demo
 
-Only headers are read, and the tokenizer; nothing is downloaded. A checkpoint that cannot be converted is described as far as it can be read;
-the command then ends with what is wrong.
+Only headers are read, and the tokenizer; nothing is downloaded. A checkpoint that cannot be converted is described as
+far as it can be read; the command then ends with what is wrong.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from runtime.command_line import CommandLineParser, run_command
 from runtime.info import describe_config, print_report, show_package
 from runtime.package import MANIFEST, MODEL_FILES
 
-from .checkpoint import Checkpoint, TensorsOnDisk, read_checkpoint
+from .checkpoint import Checkpoint, TensorsOnDisk, fit_vocabulary, read_checkpoint
 from .checkpoint_files import StoredTensor
 from .graph import check_supported
 from .package_size import conversion_peak_bytes, package_bytes
@@ -27,15 +27,15 @@ from .resolve import find_checkpoint
 from .tokenizer_files import build_tokenizer
 
 
-def show_checkpoint(folder: Path, *, as_json: bool) -> int:
+def show_checkpoint(path: Path, *, as_json: bool) -> int:
     """Print what a checkpoint is, and what it would become.
 
     Raises:
         CheckpointError: it cannot be read; all its faults are named.
         ConfigError, TokenizerError: once it is described, it cannot be converted.
     """
-    checkpoint = read_checkpoint(folder)
-    report = {"checkpoint": str(folder), "layout": checkpoint.layout}
+    checkpoint = read_checkpoint(path)
+    report = {"checkpoint": str(path), "layout": checkpoint.layout}
     report |= describe_config(checkpoint.config) | _describe_storage(checkpoint)
     try:
         check_supported(checkpoint.config)
@@ -47,9 +47,10 @@ def show_checkpoint(folder: Path, *, as_json: bool) -> int:
 
 def _describe_storage(checkpoint: Checkpoint) -> dict[str, Any]:
     assert isinstance(checkpoint.tensors, TensorsOnDisk)
-    stored: list[StoredTensor] = list(checkpoint.tensors._sources.values())
+    tensors = list(checkpoint.tensors.sources.values())
+    stored = [tensor for tensor in tensors if isinstance(tensor, StoredTensor)]  # all but those read whole, or absent
     return {
-        "tensors": len(stored),
+        "tensors": len(tensors),
         "dtypes": dict(Counter(tensor.dtype for tensor in stored)),
         "weights_bytes": sum({tensor.path: tensor.file_size for tensor in stored}.values()),
     }
@@ -57,8 +58,8 @@ def _describe_storage(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def _describe_product(checkpoint: Checkpoint) -> dict[str, Any]:
     """The tokenizer, and the packages that could be made; a checkpoint without a tokenizer makes none."""
-    config = checkpoint.config
-    tokenizer = build_tokenizer(checkpoint.folder, n_vocab=config.n_vocab)
+    tokenizer = build_tokenizer(checkpoint.folder, n_vocab=checkpoint.config.n_vocab)
+    config = fit_vocabulary(checkpoint, tokenizer.get_vocab()).config
     tokenizer_bytes = len(tokenizer.to_str().encode("utf-8"))
     estimated = {
         precision: package_bytes(config, precision, tokenizer_bytes=tokenizer_bytes) for precision in MODEL_FILES
@@ -88,9 +89,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _show(options: argparse.Namespace) -> int:
-    folder = find_checkpoint(options.checkpoint, options.models_dir, offline=True).folder
-    show = show_package if (folder / MANIFEST).is_file() else show_checkpoint
-    return show(folder, as_json=options.json)
+    path = find_checkpoint(options.checkpoint, options.models_dir, offline=True).path
+    show = show_package if (path / MANIFEST).is_file() else show_checkpoint
+    return show(path, as_json=options.json)
 
 
 if __name__ == "__main__":

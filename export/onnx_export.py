@@ -24,7 +24,7 @@ from runtime.config import GPT2Config
 from runtime.errors import CheckpointError
 from runtime.package import CONFIG, LOGITS, MANIFEST
 
-from .checkpoint import EMBEDDING, HEAD, Checkpoint, canonical_shapes
+from .checkpoint import EMBEDDING, HEAD, Checkpoint, canonical_shapes, checkpoint_name
 from .checkpoint_config import read_hf_config
 from .checkpoint_files import Float32Array, is_plain_name
 from .graph import OPSET, input_shapes, output_shapes
@@ -96,7 +96,9 @@ def read_onnx_export(folder: Path) -> OnnxExport:
     head = _find_head(path, model, constants)
     config, spelling = _match_weights(path, declared, constants, head)
     tensors = GraphTensors(constants, config, spelling, head)
-    checkpoint = Checkpoint(folder, "onnx", config, {}, tensors)
+    checkpoint = Checkpoint(
+        folder=folder, name=checkpoint_name(folder), layout="onnx", config=config, source_config={}, tensors=tensors
+    )
     return OnnxExport(checkpoint, model, spelling, head, constants)
 
 

@@ -1,4 +1,4 @@
-"""What the user calls a checkpoint -> the folder where it lies, downloaded if need be.
+"""What the user calls a checkpoint -> where it lies, downloaded if need be.
 
     a path            as it stands, and before all else
     a size            124M, 355M, 774M, 1558M, or another name of it (gpt2-large, 1.5B): the models folder, the Hugging
@@ -20,6 +20,7 @@ from huggingface_hub import constants
 
 from runtime.errors import CheckpointError
 
+from .checkpoint import checkpoint_name
 from .download import Progress, UnreachableError, fetch
 from .hub import cached_repository, download_snapshot, find_any_snapshot, find_snapshot, is_offline, parse_id
 from .releases import RELEASES, Release, canonical_size
@@ -32,11 +33,11 @@ class FoundCheckpoint:
     """Where a checkpoint lies.
 
     Attributes:
-        folder: holds its files.
-        name: what it is called: "774M" whichever way it was asked for, OWNER/NAME, or the folder's name.
+        path: its folder, or its file where it is one file.
+        name: what it is called: "774M" whichever way it was asked for, OWNER/NAME, or as its folder or file is.
     """
 
-    folder: Path
+    path: Path
     name: str
 
 
@@ -63,7 +64,7 @@ def find_checkpoint(
     size, hub_id = canonical_size(name, releases), parse_id(name)
     places = dict.fromkeys((Path(name), models_dir / name, *([models_dir / size] if size else [])))
     for place in places:
-        if place.is_dir():
+        if place.exists():
             return FoundCheckpoint(place, size if size and place != Path(name) else _name_of(place))
     tried = [str(place) for place in places]
     offline = offline or is_offline()
@@ -141,10 +142,10 @@ def _not_here(name: str, places: Sequence[str], wanted: str) -> CheckpointError:
     )
 
 
-def _name_of(folder: Path) -> str:
-    """What a folder is called; a snapshot in the Hugging Face cache, whose name is a hash, is called OWNER/NAME."""
-    real = folder.resolve()
+def _name_of(path: Path) -> str:
+    """What a checkpoint is called; a snapshot in the Hugging Face cache, whose name is a hash, is called OWNER/NAME."""
+    real = path.resolve()
     cached = real.parent.parent.name
     if real.parent.name == "snapshots" and cached.startswith("models--"):
         return cached.removeprefix("models--").replace("--", "/")
-    return real.name
+    return checkpoint_name(path)

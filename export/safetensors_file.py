@@ -8,7 +8,6 @@ Source: the format section of the safetensors documentation.
 
 from __future__ import annotations
 
-import reprlib
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,8 @@ from .checkpoint_files import (
     StoredTensor,
     is_plain_name,
     parse_json_object,
-    read_json_object,
 )
+from .shards import read_shards
 
 LENGTH_BYTES = 8
 
@@ -50,51 +49,8 @@ def read_safetensors(path: Path) -> dict[str, StoredTensor]:
 
 
 def read_sharded_safetensors(index: Path) -> dict[str, StoredTensor]:
-    """Read and verify the headers of all files that `model.safetensors.index.json` names.
-
-    Args:
-        index: the index; its files lie beside it.
-    Returns:
-        Tensors by name, shard after shard.
-    Raises:
-        CheckpointError: the index or any shard is missing or damaged, or they contradict each other; all are named.
-    """
-    weight_map = _read_weight_map(index)
-    faults: list[str] = []
-    found: dict[str, StoredTensor] = {}
-    for shard in dict.fromkeys(weight_map.values()):
-        try:
-            tensors = read_safetensors(index.with_name(shard))
-        except CheckpointError as error:
-            faults.append(str(error))
-            continue
-        faults += [
-            f"{name} is in {shard}, the index says {weight_map.get(name, 'nothing of it')}"
-            for name in tensors
-            if weight_map.get(name) != shard
-        ]
-        faults += [
-            f"{name} is not in {shard}" for name, of in weight_map.items() if of == shard and name not in tensors
-        ]
-        found |= tensors
-    if faults:
-        raise CheckpointError(f"{index}: {'; '.join(faults[:20])}{'; and more' if len(faults) > 20 else ''}")
-    return found
-
-
-def _read_weight_map(index: Path) -> dict[str, str]:
-    """Tensor name -> file name, each of a file beside the index."""
-    weight_map = read_json_object(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index} has no weight_map from tensor names to files")
-    for name, shard in weight_map.items():
-        if not is_plain_name(name):
-            raise CheckpointError(f"{index}: tensor name {name[:80]!r} is not printable text")
-        if not isinstance(shard, str) or not is_plain_name(shard) or not shard.endswith(".safetensors"):
-            raise CheckpointError(f"{index}: {name} lies in {reprlib.repr(shard)}, expected a .safetensors file")
-        if "/" in shard or "\\" in shard or ":" in shard:
-            raise CheckpointError(f"{index}: {name} lies in {shard!r}, expected a file beside the index")
-    return weight_map
+    """Read and verify the headers of all files that `model.safetensors.index.json` names; see `read_shards`."""
+    return read_shards(index, ".safetensors", read_safetensors)
 
 
 def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:

@@ -399,18 +399,22 @@ def test_hparams_that_are_refused(tmp_path: Path, hparams: object, expected: str
 
 
 def test_a_folder_without_checkpoint_says_what_was_looked_for_and_found(tmp_path: Path) -> None:
-    assert refusal(tmp_path).endswith("(Hugging Face); found nothing")
+    assert refusal(tmp_path).endswith("(nanoGPT), and for *.bin of llm.c; found nothing")
     for i in range(10):
         (tmp_path / f"{i}.txt").write_text("")
     message = refusal(tmp_path)
-    assert "looked for hparams.json with *.index (OpenAI), and for config.json with model.safetensors or " in message
+    assert "looked for hparams.json with *.index (OpenAI), for config.json with model.safetensors or " in message
     assert message.endswith("found 0.txt, 1.txt, 2.txt, 3.txt, 4.txt, 5.txt, 6.txt, 7.txt and 2 more")
 
 
-def test_a_path_that_is_no_folder_is_refused(tmp_path: Path) -> None:
+def test_a_path_where_nothing_lies_is_refused(tmp_path: Path) -> None:
     assert refusal(tmp_path / "none").endswith("none is no checkpoint folder: No such file or directory")
-    (tmp_path / "file").write_text("")
-    assert refusal(tmp_path / "file").endswith("file is no checkpoint folder: Not a directory")
+
+
+def test_a_file_that_is_no_checkpoint_by_itself_is_refused(tmp_path: Path) -> None:
+    folder = write_safetensors_checkpoint(tmp_path, CONFIG, WEIGHTS)
+    assert "model.safetensors is no checkpoint that is one file" in refusal(folder / "model.safetensors")
+    assert refusal(folder / "config.json").endswith("of any other layout, name the folder")
 
 
 def test_two_checkpoints_in_one_folder_are_refused(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from runtime.errors import PackageError, VerificationError
 from runtime.package import Precision, open_package, read_manifest
 from runtime.text_generator import TextGenerator
 from tests.tiny import tiny_config, tiny_weights, write_safetensors_checkpoint
+from tests.write_layouts import write_llmc_checkpoint
 from tests.write_tensorbundle import write_openai_checkpoint
 
 REPOSITORY = Path(__file__).parent.parent
@@ -138,6 +139,43 @@ def test_a_folder_whose_name_is_no_text_is_converted(tiny_checkpoint: Path, tmp_
         real, read_checkpoint(tiny_checkpoint).config, read_checkpoint(tiny_checkpoint).tensors, tokenizer_dir=folder
     )
     assert convert(real, tmp_path / "x", precision="fp32").manifest.source.name == "vrai mod?le"
+
+
+# Checkpoints that are one file
+
+
+def test_a_file_without_tokenizer_needs_one_that_is_named(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = read_checkpoint(tiny_checkpoint)
+    write_llmc_checkpoint(tmp_path / "run", checkpoint.config, checkpoint.tensors)
+    monkeypatch.chdir(tmp_path)
+    status, out, err = run_main(capsys, "run/gpt2.bin", "--precision", "fp32")
+    assert (status, out) == (2, "")
+    assert_one_line(err, "run: no tokenizer; looked for tokenizer.json, or", "with --tokenizer DIR")
+    assert names(tmp_path) == ["run"]
+    status, out, err = run_main(capsys, "run/gpt2.bin", "--precision", "fp32", "--tokenizer", tiny_checkpoint)
+    assert (status, err) == (0, "")
+    source = read_manifest(tmp_path / "packages" / "gpt2-fp32").source
+    assert (source.name, source.layout) == ("gpt2", "llm.c")
+
+
+def test_rows_without_tokens_are_dropped_with_a_line_on_stderr(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    config = replace(read_checkpoint(tiny_checkpoint).config, n_vocab=300)
+    folder = write_llmc_checkpoint(tmp_path / "run", config, tiny_weights(config))
+    command = [sys.executable, "-m", "export.convert", folder, "--precision", "fp32", "--tokenizer", tiny_checkpoint]
+    result = subprocess.run(
+        [*command, "--output", tmp_path / "x", "--json"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        encoding="utf-8",
+        check=True,
+    )
+    assert json.loads(result.stdout)["parameters"] == read_manifest(tmp_path / "x").config.parameter_count
+    assert result.stderr == (
+        f"{folder}: the last 43 of 300 rows of the embedding are padding, and dropped: the tokenizer has 257 tokens\n"
+    )
+    assert read_manifest(tmp_path / "x").config == replace(config, n_vocab=257, eos_token_id=256)
 
 
 # The command line

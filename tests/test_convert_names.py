@@ -177,7 +177,7 @@ def test_openais_layout_becomes_the_same_package(
         monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / where / "home"))
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / where / "home" / "hub"))
         found = find_checkpoint("774M", tmp_path / "models", releases={"774M": release})
-        manifest = convert(found.folder, tmp_path / where / "x", name=found.name, precision="fp32").manifest
+        manifest = convert(found.path, tmp_path / where / "x", name=found.name, precision="fp32").manifest
         assert manifest.source.name == "774M"
         assert manifest.source.layout == {"openai": "openai-tensorflow", "hub": "safetensors"}[where]
         fingerprints.add(manifest.source.fingerprint)

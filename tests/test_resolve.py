@@ -89,14 +89,18 @@ def test_a_path_is_taken_as_it_stands(models: Path) -> None:
     assert find_checkpoint(str(models / "alpha"), models) == FoundCheckpoint(models / "alpha", "alpha")
 
 
+def test_a_file_is_taken_too(models: Path) -> None:
+    assert find_checkpoint(str(models / "README.md"), models) == models / "README.md"
+
+
 def test_a_name_is_looked_up_under_the_models_folder(models: Path) -> None:
-    assert find_checkpoint("alpha", models).folder == models / "alpha"
+    assert find_checkpoint("alpha", models).path == models / "alpha"
 
 
 def test_a_folder_here_goes_before_the_models_folder(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(models.parent)
     (models.parent / "alpha").mkdir()
-    assert find_checkpoint("alpha", models).folder == Path("alpha")
+    assert find_checkpoint("alpha", models).path == Path("alpha")
 
 
 def test_an_unknown_name_is_refused_with_the_known_ones(models: Path) -> None:
@@ -109,8 +113,8 @@ def test_an_unknown_name_is_refused_with_the_known_ones(models: Path) -> None:
 
 
 def test_an_absolute_path_is_looked_at_once(models: Path) -> None:
-    with pytest.raises(CheckpointError, match=rf"; looked at {models}/README.md; "):
-        find_checkpoint(f"{models}/README.md", models)
+    with pytest.raises(CheckpointError, match=rf"; looked at {models}/gamma; "):
+        find_checkpoint(f"{models}/gamma", models)
 
 
 def test_a_missing_models_folder_holds_no_checkpoints(tmp_path: Path) -> None:
@@ -171,9 +175,9 @@ def test_a_hugging_face_id_is_downloaded_once(hub: HubServer, models: Path) -> N
     steps: list[tuple[str, int, int]] = []
     found = find_checkpoint("some/tiny", models, progress=lambda *step: steps.append(step))
     assert found == FoundCheckpoint(cached_repository("some/tiny") / "snapshots" / COMMIT, "some/tiny")
-    assert names(found.folder) == NEEDED
+    assert names(found.path) == NEEDED
     for name in NEEDED:
-        assert (found.folder / name).read_bytes() == hub.repositories["some/tiny"][name]
+        assert (found.path / name).read_bytes() == hub.repositories["some/tiny"][name]
     assert {what: (done, total) for what, done, total in steps} == {
         name: (len(hub.repositories["some/tiny"][name]),) * 2 for name in NEEDED
     }
@@ -199,7 +203,7 @@ def test_the_cache_is_left_as_huggingface_hub_would(hub: HubServer, models: Path
         }
 
     assert tree(cached_repository("some/tiny")) == tree(tmp_path / "theirs" / "models--some--tiny")
-    assert snapshot_download("some/tiny", local_files_only=True) == str(find_checkpoint("some/tiny", models).folder)
+    assert snapshot_download("some/tiny", local_files_only=True) == str(find_checkpoint("some/tiny", models).path)
 
 
 def test_shards_come_with_their_index(hub: HubServer, models: Path, tmp_path: Path, tiny_checkpoint: Path) -> None:
@@ -208,11 +212,11 @@ def test_shards_come_with_their_index(hub: HubServer, models: Path, tmp_path: Pa
         tmp_path / "shards", config, tiny_weights(config), 3, tokenizer_dir=tiny_checkpoint
     )
     hub.add_repository("some/shards", folder)
-    found = find_checkpoint("some/shards", models).folder
+    found = find_checkpoint("some/shards", models).path
     assert names(found) == names(folder)
     (found / "model-00002-of-00003.safetensors").unlink()
     asked = len(hub.requests)
-    assert find_checkpoint("some/shards", models).folder == found
+    assert find_checkpoint("some/shards", models).path == found
     assert names(found) == names(folder)
     assert len(hub.requests) == asked + 1  # the listing; the file itself was still in the cache
 
@@ -250,7 +254,7 @@ def test_a_private_repository_takes_a_token(hub: HubServer, models: Path, monkey
     with pytest.raises(CheckpointError, match=r"^some/tiny@main: not there, or private, or gated; .*set HF_TOKEN"):
         find_checkpoint("some/tiny", models)
     monkeypatch.setenv("HF_TOKEN", "secret")
-    assert names(find_checkpoint("some/tiny", models).folder) == NEEDED
+    assert names(find_checkpoint("some/tiny", models).path) == NEEDED
     stores = [request for request in hub.requests if request.path.startswith("/cdn/")]
     assert stores
     assert all("Authorization" not in request.headers for request in stores)
@@ -282,8 +286,8 @@ def test_what_climbs_or_is_no_id_is_not_asked_for(hub: HubServer, models: Path, 
 def test_a_size_is_downloaded_from_the_hub(hub: HubServer, models: Path, releases: dict[str, Release]) -> None:
     found = find_checkpoint("large", models, releases=releases)
     assert found.name == "774M"
-    assert found.folder == cached_repository("openai-community/gpt2-large") / "snapshots" / COMMIT
-    assert names(found.folder) == NEEDED
+    assert found.path == cached_repository("openai-community/gpt2-large") / "snapshots" / COMMIT
+    assert names(found.path) == NEEDED
     assert not any(request.path.startswith("/gpt-2/") for request in hub.requests)
 
 
@@ -317,8 +321,8 @@ def test_without_the_hub_openai_has_it(
     with caplog.at_level(logging.WARNING):
         found = find_checkpoint("774M", models, releases=releases)
     assert found == FoundCheckpoint(tmp_path / "home" / "gpt2-edge" / "openai" / "774M", "774M")
-    assert names(found.folder) == names(tmp_path / "openai")
-    assert read_checkpoint(found.folder).layout == "openai-tensorflow"
+    assert names(found.path) == names(tmp_path / "openai")
+    assert read_checkpoint(found.path).layout == "openai-tensorflow"
     assert hub.ranges(f"/gpt-2/models/774M/{DATA}") == [0, 70_000]
     [warning] = caplog.messages
     assert warning.startswith("774M: these are OpenAI's own files, for the hub failed: openai-community/gpt2-large@")

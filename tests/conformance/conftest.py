@@ -45,22 +45,22 @@ FileDigests = dict[str, str]
 
 @pytest.fixture(scope="session")
 def torch() -> Any:
-    return _import_client("torch")
+    return import_client("torch")
 
 
 @pytest.fixture(scope="session")
 def transformers(torch: Any) -> Any:
-    return _import_client("transformers")
+    return import_client("transformers")
 
 
 @pytest.fixture(scope="session")
 def optimum(torch: Any) -> Any:
-    return _import_client("optimum.onnxruntime")
+    return import_client("optimum.onnxruntime")
 
 
 @pytest.fixture(scope="session")
 def genai() -> Any:
-    return _import_client("onnxruntime_genai")
+    return import_client("onnxruntime_genai")
 
 
 @pytest.fixture(params=["fp32", "int8"])
@@ -106,7 +106,7 @@ def file_digests(package: Path) -> FileDigests:
     }
 
 
-def _import_client(name: str) -> Any:
+def import_client(name: str) -> Any:
     if os.environ.get(REQUIRE_CLIENTS) == "1":
         return importlib.import_module(name)
     return pytest.importorskip(
