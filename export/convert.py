@@ -42,7 +42,7 @@ from .client_files import write_client_files, write_license, write_model_card
 from .download import Progress
 from .fingerprint import FingerprintedTensors
 from .onnx_builder import WeightsFile
-from .publish import staged
+from .publish import refuse_to_replace, staged
 from .resolve import FoundCheckpoint, find_checkpoint
 from .tokenizer_files import build_tokenizer, write_tokenizer
 from .verification import PROMPTS, Verification, check, verify_decoder
@@ -109,27 +109,31 @@ def convert(
     """
     started = time.perf_counter()
     progress = progress or (lambda _what, _done, _steps: None)
-    with opened(path, origin) as graph, staged(output, force=force) as staging:
+    refuse_to_replace(output, force=force)  # before an export, which takes long
+    with opened(path, origin) as graph:
         checkpoint = graph.checkpoint
         tokenizer = build_tokenizer(tokenizer_dir or checkpoint.folder, n_vocab=checkpoint.config.n_vocab)
         graph = graph.fitted(tokenizer.get_vocab())  # noqa: PLW2901
         config = graph.checkpoint.config
-        weights_entry, fingerprint = _write_model(staging, graph, precision, progress)
-        write_tokenizer(tokenizer, staging, config.n_ctx)
-        write_client_files(staging, config, precision, graph.attention)
-        write_license(staging, checkpoint.folder)
-        source = Source(name=_plain_text(name or checkpoint.name), layout=checkpoint.layout, fingerprint=fingerprint)
-        manifest = _describe(staging, graph, precision, source, weights_entry)
-        write_manifest(staging, manifest)
+        with staged(output, force=force) as staging:
+            weights_entry, fingerprint = _write_model(staging, graph, precision, progress)
+            write_tokenizer(tokenizer, staging, config.n_ctx)
+            write_client_files(staging, config, precision, graph.attention)
+            write_license(staging, checkpoint.folder)
+            source = Source(
+                name=_plain_text(name or checkpoint.name), layout=checkpoint.layout, fingerprint=fingerprint
+            )
+            manifest = _describe(staging, graph, precision, source, weights_entry)
+            write_manifest(staging, manifest)
 
-        verification = _verify(staging, graph.checkpoint, precision, progress)
-        check(verification, precision, allow_loss=allow_loss)
+            verification = _verify(staging, graph.checkpoint, precision, progress)
+            check(verification, precision, allow_loss=allow_loss)
 
-        manifest = replace(manifest, quality=verification.quality(), golden=verification.golden)
-        write_model_card(staging, manifest)
-        manifest = replace(manifest, files=_file_entries(staging, precision, weights_entry))
-        write_manifest(staging, manifest)
-        open_package(staging)
+            manifest = replace(manifest, quality=verification.quality(), golden=verification.golden)
+            write_model_card(staging, manifest)
+            manifest = replace(manifest, files=_file_entries(staging, precision, weights_entry))
+            write_manifest(staging, manifest)
+            open_package(staging)
     return Conversion(output, manifest, verification, time.perf_counter() - started)
 
 

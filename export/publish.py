@@ -51,13 +51,13 @@ def staged(target: Path, *, force: bool = False) -> Iterator[Path]:
     staging = target.parent / f".{target.name}.partial"
     with _locked_folder(target.parent):
         _recover(target)
-        _refuse_to_replace(target, force)
+        refuse_to_replace(target, force=force)
         claim = _claim(staging, target)
     try:
         yield staging
         _write_through(staging)
         with _locked_folder(target.parent):
-            _refuse_to_replace(target, force)
+            refuse_to_replace(target, force=force)
             _put_in_place(staging, target)
     except BaseException:
         with _locked_folder(target.parent):
@@ -102,7 +102,12 @@ def _remove_claimed(staging: Path, claim: int) -> None:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _refuse_to_replace(target: Path, force: bool) -> None:
+def refuse_to_replace(target: Path, *, force: bool) -> None:
+    """Refuse a place that holds something else than a package, or a package that is not to be replaced.
+
+    Raises:
+        PackageError: it does.
+    """
     if not os.path.lexists(target):
         return
     if target.is_symlink():

@@ -90,7 +90,7 @@ def test_a_path_is_taken_as_it_stands(models: Path) -> None:
 
 
 def test_a_file_is_taken_too(models: Path) -> None:
-    assert find_checkpoint(str(models / "README.md"), models) == models / "README.md"
+    assert find_checkpoint(str(models / "README.md"), models).path == models / "README.md"
 
 
 def test_a_name_is_looked_up_under_the_models_folder(models: Path) -> None:
