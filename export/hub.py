@@ -28,9 +28,11 @@ from runtime.errors import CheckpointError
 
 from .checkpoint_files import read_json_object
 from .download import Progress, UnreachableError, fetch, read_url
+from .layouts import HUGGING_FACE
 
 MAIN = "main"
-CONFIG, WEIGHTS, WEIGHTS_INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+INDEX_SUFFIX = ".index.json"
 TOKENIZERS = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 SMALL_FILES = (CONFIG, "tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json", "LICENSE", "LICENSE.txt")
 
@@ -145,16 +147,16 @@ def _list_files(repository: str, revision: str) -> tuple[str, dict[str, HubFile]
 
 def _choose_files(where: str, listed: Mapping[str, HubFile]) -> list[HubFile]:
     """What a conversion reads, in the order in which it becomes visible: a snapshot with weights has all the rest."""
-    if WEIGHTS in listed:
-        weights = [WEIGHTS]
-    elif WEIGHTS_INDEX in listed:
-        weights = [*sorted(name for name in listed if name.endswith(".safetensors")), WEIGHTS_INDEX]
-    else:
+    weights = next((name for name in HUGGING_FACE if name in listed), None)
+    if weights is None:
         raise CheckpointError(
-            f"{where} holds no {WEIGHTS} and no {WEIGHTS_INDEX}, and other weights are not downloaded; "
-            f"found {', '.join(sorted(listed)[:8]) or 'nothing'}; convert a folder that has them as safetensors"
+            f"{where} holds no weights that are read here, one of {', '.join(HUGGING_FACE)}; "
+            f"found {', '.join(sorted(listed)[:8]) or 'nothing'}; convert a folder that has them"
         )
-    return [listed[name] for name in (*SMALL_FILES, *weights) if name in listed]
+    stem, suffix = Path(weights.removesuffix(INDEX_SUFFIX)).stem, Path(weights.removesuffix(INDEX_SUFFIX)).suffix
+    shards = sorted(name for name in listed if name.startswith(f"{stem}-") and name.endswith(suffix))
+    weights_files = [*shards, weights] if weights.endswith(INDEX_SUFFIX) else [weights]
+    return [listed[name] for name in (*SMALL_FILES, *weights_files) if name in listed]
 
 
 def _is_whole(snapshot: Path) -> bool:
@@ -163,11 +165,10 @@ def _is_whole(snapshot: Path) -> bool:
 
     if not has(CONFIG) or not any(has(*names) for names in TOKENIZERS):
         return False
-    if has(WEIGHTS):
-        return True
-    if not has(WEIGHTS_INDEX):
-        return False
-    shards = read_json_object(snapshot / WEIGHTS_INDEX).get("weight_map")
+    weights = next((name for name in HUGGING_FACE if has(name)), None)
+    if weights is None or not weights.endswith(INDEX_SUFFIX):
+        return weights is not None
+    shards = read_json_object(snapshot / weights).get("weight_map")
     return isinstance(shards, dict) and has(*map(str, shards.values()))
 
 

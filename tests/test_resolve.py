@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import os
 import re
@@ -221,13 +222,27 @@ def test_shards_come_with_their_index(hub: HubServer, models: Path, tmp_path: Pa
     assert len(hub.requests) == asked + 1  # the listing; the file itself was still in the cache
 
 
-def test_a_repository_without_safetensors_is_refused(hub: HubServer, models: Path) -> None:
-    hub.repositories["some/torch"] = {"config.json": b"{}", "pytorch_model.bin": b"torch"}
+def test_a_repository_of_torch_files_alone_is_downloaded(hub: HubServer, models: Path) -> None:
+    small = dict.fromkeys(("config.json", "tokenizer.json"), b"{}")
+    hub.repositories["some/torch"] = small | {"pytorch_model.bin": b"torch", "training_args.bin": b"pickle"}
+    assert names(find_checkpoint("some/torch", models).path) == sorted([*small, "pytorch_model.bin"])
+
+
+def test_shards_of_torch_come_with_their_index(hub: HubServer, models: Path) -> None:
+    index = json.dumps({"weight_map": {"a": "pytorch_model-1.bin", "b": "pytorch_model-2.bin"}}).encode()
+    files = {"config.json": b"{}", "tokenizer.json": b"{}", "pytorch_model-1.bin": b"1", "pytorch_model-2.bin": b"2"}
+    hub.repositories["some/torch"] = files | {"pytorch_model.bin.index.json": index, "optimizer.bin": b"pickle"}
+    assert names(find_checkpoint("some/torch", models).path) == sorted([*files, "pytorch_model.bin.index.json"])
+
+
+def test_a_repository_without_weights_is_refused(hub: HubServer, models: Path) -> None:
+    hub.repositories["some/keras"] = {"config.json": b"{}", "tf_model.h5": b"keras"}
     with pytest.raises(
-        CheckpointError, match=r"^some/torch@main holds no model\.safetensors and .*; found config\.json, pytorch_model"
+        CheckpointError,
+        match=r"^some/keras@main holds no weights .*; found config\.json, tf_model\.h5; convert a folder",
     ):
-        find_checkpoint("some/torch", models)
-    assert not cached_repository("some/torch").exists()
+        find_checkpoint("some/keras", models)
+    assert not cached_repository("some/keras").exists()
 
 
 def test_other_bytes_than_the_listing_says_are_refused(hub: HubServer, models: Path) -> None:
