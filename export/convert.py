@@ -110,23 +110,23 @@ def convert(
     started = time.perf_counter()
     progress = progress or (lambda _what, _done, _steps: None)
     refuse_to_replace(output, force=force)  # before an export, which takes long
-    with opened(path, origin) as graph:
+    with opened(path, origin) as stored:
+        folder = stored.checkpoint.folder
+        tokenizer = build_tokenizer(tokenizer_dir or folder, n_vocab=stored.checkpoint.config.n_vocab)
+        graph = stored.fitted(tokenizer.get_vocab())
         checkpoint = graph.checkpoint
-        tokenizer = build_tokenizer(tokenizer_dir or checkpoint.folder, n_vocab=checkpoint.config.n_vocab)
-        graph = graph.fitted(tokenizer.get_vocab())  # noqa: PLW2901
-        config = graph.checkpoint.config
         with staged(output, force=force) as staging:
             weights_entry, fingerprint = _write_model(staging, graph, precision, progress)
-            write_tokenizer(tokenizer, staging, config.n_ctx)
-            write_client_files(staging, config, precision, graph.attention)
-            write_license(staging, checkpoint.folder)
+            write_tokenizer(tokenizer, staging, checkpoint.config.n_ctx)
+            write_client_files(staging, checkpoint.config, precision, graph.attention)
+            write_license(staging, folder)
             source = Source(
                 name=_plain_text(name or checkpoint.name), layout=checkpoint.layout, fingerprint=fingerprint
             )
             manifest = _describe(staging, graph, precision, source, weights_entry)
             write_manifest(staging, manifest)
 
-            verification = _verify(staging, graph.checkpoint, precision, progress)
+            verification = _verify(staging, checkpoint, precision, progress)
             check(verification, precision, allow_loss=allow_loss)
 
             manifest = replace(manifest, quality=verification.quality(), golden=verification.golden)
@@ -154,10 +154,9 @@ def _write_model(staging: Path, graph: GraphSource, precision: Precision, progre
 def _describe(
     staging: Path, graph: GraphSource, precision: Precision, source: Source, weights_entry: FileEntry
 ) -> Manifest:
-    checkpoint = graph.checkpoint
     tools = ("numpy", "onnx", "onnxruntime", "tokenizers")
     return Manifest(
-        config=checkpoint.config,
+        config=graph.checkpoint.config,
         precision=precision,
         device="cpu",
         attention=graph.attention,

@@ -153,8 +153,8 @@ def _choose_files(where: str, listed: Mapping[str, HubFile]) -> list[HubFile]:
             f"{where} holds no weights that are read here, one of {', '.join(HUGGING_FACE)}; "
             f"found {', '.join(sorted(listed)[:8]) or 'nothing'}; convert a folder that has them"
         )
-    stem, suffix = Path(weights.removesuffix(INDEX_SUFFIX)).stem, Path(weights.removesuffix(INDEX_SUFFIX)).suffix
-    shards = sorted(name for name in listed if name.startswith(f"{stem}-") and name.endswith(suffix))
+    whole = Path(weights.removesuffix(INDEX_SUFFIX))
+    shards = sorted(name for name in listed if name.startswith(f"{whole.stem}-") and name.endswith(whole.suffix))
     weights_files = [*shards, weights] if weights.endswith(INDEX_SUFFIX) else [weights]
     return [listed[name] for name in (*SMALL_FILES, *weights_files) if name in listed]
 

@@ -10,14 +10,12 @@ from collections.abc import Mapping
 from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from quantization.int8 import INT8_MAX, ZERO_POINT, quantize_blocks, quantize_columns
 from runtime.package import Precision
 
+from .checkpoint_files import Float32Array
 from .onnx_builder import MICROSOFT, GraphBuilder
-
-Float32Array = NDArray[np.float32]
 
 HEAD_BLOCK_SIZES = (64, 32, 16)
 """Weights of the int8 table that share a scale: the first that divides D, else the last, its tail padded with zeros."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,9 +20,8 @@ from runtime.package import GoldenPrompt, Precision
 from runtime.tokenizer import Tokenizer
 from runtime.verify import run_each_way
 
+from .checkpoint_files import Float32Array
 from .reference import reference_logits
-
-Float32Array: TypeAlias = NDArray[np.float32]
 
 PROMPTS = (
     "",  # from the end-of-text token alone
