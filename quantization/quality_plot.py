@@ -1,0 +1,60 @@
+"""Quality against speed as a picture: one disc a package, as large as its files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from runtime.errors import RequestError
+
+SUFFIXES = (".svg", ".png")
+
+AXES = {
+    "kl": "KL divergence from the reference, nats a token (lower is better)",
+    "perplexity": "perplexity (lower is better)",
+    "accuracy": "accuracy (higher is better)",
+}
+"""What is drawn upwards: the first of these that was measured."""
+
+SMALLEST_AREA, LARGEST_AREA = 40.0, 900.0  # of a disc, in points squared
+
+
+def refuse_plot(path: Path) -> None:
+    """Tell before any work that a plot cannot be drawn.
+
+    Raises:
+        RequestError: the file's name is of no kind that is drawn, or matplotlib is not installed.
+    """
+    if path.suffix not in SUFFIXES:
+        raise RequestError(f"--plot {path}: expected a file name that ends with {' or '.join(SUFFIXES)}")
+    if find_spec("matplotlib") is None:
+        raise RequestError("--plot needs matplotlib, which is not installed: pip install 'gpt2-edge[plot]'")
+
+
+def draw_plot(rows: Sequence[dict[str, Any]], path: Path, *, title: str) -> None:
+    """Draw packages by speed and quality and write the picture.
+
+    Args:
+        rows: what `quantization.evaluate` measured.
+        path: ends with one of `SUFFIXES`.
+        title: what they were judged on.
+    Raises:
+        OSError: the file cannot be written.
+    """
+    from matplotlib.figure import Figure  # noqa: PLC0415
+
+    metric = next(name for name in AXES if rows[0].get(name) is not None)
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.add_subplot()
+    largest = max(row["bytes"] for row in rows)
+    for row in rows:
+        x, y, share = row["tokens_per_s"], row[metric], row["bytes"] / largest
+        axes.scatter(x, y, s=max(SMALLEST_AREA, LARGEST_AREA * share), alpha=0.6)
+        label = f"{Path(row['package']).name}\n{row['bytes'] / 1e6:,.1f} MB"
+        axes.annotate(label, (x, y), xytext=(0, 18), textcoords="offset points", ha="center", fontsize=9)
+    axes.margins(0.25)
+    axes.grid(alpha=0.3)
+    axes.set(title=title, xlabel="tokens/s while scoring (higher is better)", ylabel=AXES[metric])
+    figure.savefig(path, dpi=150)
