@@ -33,6 +33,10 @@ PERCENTILES = (1, 5, 50, 95, 99)
 TOP = 5
 """`top5` asks whether a package's first choice is among so many of the reference's."""
 
+ROWS = 8
+"""Predictions that are compared at a time: their float64 stay in the processor's cache. Two packages of 50,257 tokens
+take 0.28 ms a prediction, in pieces of 128 0.75 ms."""
+
 
 @dataclass(frozen=True, slots=True)
 class Window:
@@ -167,7 +171,7 @@ def score_text(
     distinct = list(dict.fromkeys([*([reference] if reference else []), *packages]))  # each is run once
     done = 0
     for number, window in enumerate(windows, start=1):
-        for targets, log_p in _pieces(distinct, ids, window):
+        for targets, log_p in _predictions(distinct, ids, window):
             place = slice(done, done + len(targets))
             for package, scores in zip(packages, results, strict=True):
                 _write_scores(scores, place, targets, log_p[distinct.index(package)], expected=log_p[0])
@@ -181,19 +185,19 @@ def _empty_scores(n_scored: int, *, compared: bool) -> TextScores:
     return TextScores(np.empty(n_scored), divergence)
 
 
-def _pieces(
+def _predictions(
     packages: Sequence[ScoredPackage], ids: Int64Array, window: Window
 ) -> Iterator[tuple[Int64Array, list[Float64Array]]]:
-    """The scored tokens [S] of a window, piece by piece, and each package's log-probabilities [S, V] for them."""
+    """The scored tokens [S] of a window, a few at a time, and each package's log-probabilities [S, V] for them."""
     where = f"tokens {window.start:,} to {window.stop - 1:,} of the text"
     streams = [package.logits(ids[window.start : window.stop - 1], where=where) for package in packages]
-    predicted = window.start + 1  # the token that a piece's first logits are about
-    for logits in zip(*streams, strict=True):
-        skipped = min(max(0, window.first_scored - predicted), len(logits[0]))
-        targets = ids[predicted + skipped : predicted + len(logits[0])]
-        predicted += len(logits[0])
-        if len(targets):
-            yield targets, [log_softmax(each[skipped:]) for each in logits]
+    first = window.start + 1  # the token that a piece's first logits are about
+    for pieces in zip(*streams, strict=True):
+        for token in range(max(first, window.first_scored), first + len(pieces[0]), ROWS):
+            rows = slice(token - first, token - first + ROWS)
+            logits = [piece[rows] for piece in pieces]
+            yield ids[token : token + len(logits[0])], [log_softmax(each) for each in logits]
+        first += len(pieces[0])
 
 
 def _write_scores(

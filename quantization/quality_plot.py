@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,12 @@ def refuse_plot(path: Path) -> None:
     """
     if path.suffix not in SUFFIXES:
         raise RequestError(f"--plot {path}: expected a file name that ends with {' or '.join(SUFFIXES)}")
-    if find_spec("matplotlib") is None:
-        raise RequestError("--plot needs matplotlib, which is not installed: pip install 'gpt2-edge[plot]'")
+    try:
+        importlib.import_module("matplotlib.figure")
+    except ImportError as error:
+        raise RequestError(
+            f"--plot needs matplotlib, which does not import ({error}): pip install 'gpt2-edge[plot]'"
+        ) from error
 
 
 def draw_plot(rows: Sequence[dict[str, Any]], path: Path, *, title: str) -> None:
