@@ -57,7 +57,7 @@ class ScoredText:
 
     tokens: int
     words: int  # separated by ASCII whitespace
-    bytes: int
+    bytes_scored: int
     windows: int
 
 
@@ -140,7 +140,7 @@ def count_scored(ids: Int64Array, windows: Sequence[Window], tokenizer: Tokenize
     return ScoredText(
         tokens=int(scored.sum()),
         words=int(scored[token_of_word].sum()),
-        bytes=int(lengths[scored].sum()),
+        bytes_scored=int(lengths[scored].sum()),
         windows=len(windows),
     )
 
@@ -222,7 +222,7 @@ def summarize(scores: TextScores, windows: Sequence[Window], text: ScoredText) -
         perplexity=perplexity.mean,
         standard_error=perplexity.standard_error,
         word_perplexity=Estimate(total_nats / text.words, None).exponential().mean if text.words else None,
-        bits_per_byte=total_nats / math.log(2) / text.bytes,
+        bits_per_byte=total_nats / math.log(2) / text.bytes_scored,
     )
     return quality if scores.divergence is None else _compared(quality, scores.log_p, scores.divergence, sizes)
 

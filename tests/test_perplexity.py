@@ -112,9 +112,9 @@ def test_words_are_counted_where_they_begin(tiny: ScoredPackage) -> None:
     ids = encoded(tiny, text)
     assert len(ids) == len(text.encode()) == 16
     counted = count_scored(ids, cut_windows(16, window=4, stride=4), tiny.generator.tokenizer)
-    assert (counted.tokens, counted.bytes, counted.windows) == (12, 12, 4)
+    assert (counted.tokens, counted.bytes_scored, counted.windows) == (12, 12, 4)
     whole = count_scored(ids, cut_windows(16, window=4, stride=3), tiny.generator.tokenizer)
-    assert (whole.tokens, whole.bytes) == (15, 15)
+    assert (whole.tokens, whole.bytes_scored) == (15, 15)
     starts = [text.encode().index(word.encode()) for word in text.split()]
     assert whole.words == sum(start != 0 for start in starts)
     assert counted.words == sum(start % 4 != 0 for start in starts)
@@ -125,8 +125,8 @@ def test_what_tokens_spell_is_counted_not_their_number(demo_fp32: Path) -> None:
     ids = encoded(package)
     counted = count_scored(ids, cut_windows(len(ids), window=8, stride=7), package.generator.tokenizer)
     first = package.generator.tokenizer.token_bytes(int(ids[0]))
-    assert counted.tokens == len(ids) - 1 < counted.bytes
-    assert counted.bytes == len(TEXT.encode()) - len(first)
+    assert counted.tokens == len(ids) - 1 < counted.bytes_scored
+    assert counted.bytes_scored == len(TEXT.encode()) - len(first)
     assert counted.words == len(TEXT.split()) - 1
 
 
