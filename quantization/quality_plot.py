@@ -54,11 +54,13 @@ def draw_plot(rows: Sequence[dict[str, Any]], path: Path, *, title: str) -> None
     axes = figure.add_subplot()
     largest = max(row["bytes"] for row in rows)
     for row in rows:
-        x, y, share = row["tokens_per_s"], row[metric], row["bytes"] / largest
-        axes.scatter(x, y, s=max(SMALLEST_AREA, LARGEST_AREA * share), alpha=0.6)
         label = f"{Path(row['package']).name}\n{row['bytes'] / 1e6:,.1f} MB"
-        axes.annotate(label, (x, y), xytext=(0, 18), textcoords="offset points", ha="center", fontsize=9)
-    axes.margins(0.25)
+        area = max(SMALLEST_AREA, LARGEST_AREA * row["bytes"] / largest)
+        axes.scatter(row["tokens_per_s"], row[metric], s=area, alpha=0.6, label=label)
+    # names in a legend: written beside the discs they would cover each other
+    for handle in figure.legend(loc="outside right upper").legend_handles:
+        handle.set_sizes([SMALLEST_AREA])
+    axes.margins(0.2)
     axes.grid(alpha=0.3)
     axes.set(title=title, xlabel="tokens/s while scoring (higher is better)", ylabel=AXES[metric])
     figure.savefig(path, dpi=150)
