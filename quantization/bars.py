@@ -75,4 +75,4 @@ def check_bars(bars: Sequence[Bar], rows: Sequence[Mapping[str, Any]]) -> None:
         if bar.missed_by(row[bar.name])
     ]
     if missed:
-        raise VerificationError("; ".join(missed) + "; convert with another precision, or lower the bar")
+        raise VerificationError("; ".join(missed) + "; convert with another precision, or move the bar")

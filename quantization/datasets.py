@@ -98,10 +98,13 @@ def read_childrens_book(path: Path) -> list[Question]:
     A question is 21 numbered lines, then an empty one; the last is `21 sentence<TAB>answer<TAB><TAB>a|b|...`.
 
     Raises:
-        RequestError: as `read_text`; a question is malformed.
+        RequestError: as `read_text`; a question is malformed, or there is none.
     Source: Hill et al., The Goldilocks Principle (2016), and the files of its data set.
     """
-    return [_question(path, first, lines) for first, lines in _blocks(read_text(path))]
+    questions = [_question(path, first, lines) for first, lines in _blocks(read_text(path))]
+    if not questions:
+        raise RequestError(f"{path}: holds no question, expected blocks of 21 numbered lines")
+    return questions
 
 
 def _blocks(text: str) -> Iterator[tuple[int, list[str]]]:

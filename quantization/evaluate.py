@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import platform
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -43,6 +43,9 @@ MEASURED = {
 """What can be a bar; a reference adds the next."""
 
 MEASURED_AGAINST_REFERENCE = ("kl", "top1", "top5", "perplexity_change")
+
+Score = Callable[[ScoredPackage], dict[str, Any]]
+"""What a package reaches on a file, by the names of the figures."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -88,10 +91,10 @@ def _evaluate(options: argparse.Namespace) -> int:
         refuse_plot(options.plot)
     measured = MEASURED[options.task] + (MEASURED_AGAINST_REFERENCE if options.reference else ())
     bars = read_bars(options.bar, measured=measured) if options.bar is not None else []
-    folders = list(dict.fromkeys([*([options.reference] if options.reference else []), *options.package]))
+    folders = _folders(options)
     if options.task == "text":
         options.window, options.stride = _window_and_stride(folders, options)
-    judge = {"text": _judge_text, "lambada": _judge_lambada, "cbt": _judge_childrens_book}[options.task]
+    judge = _judge_text if options.task == "text" else _judge_words
     rows = list(judge(folders, options))
     receipt = _receipt(options)
     if options.plot:
@@ -171,38 +174,46 @@ def _same_tokens(first: ScoredPackage, other: ScoredPackage) -> bool:
     )
 
 
-def _judge_lambada(folders: Sequence[Path], options: argparse.Namespace) -> Iterator[Row]:
-    passages = read_lambada(options.lambada)
-    for package in _one_by_one(folders, options):
-        yield _row(package, asdict(score_lambada(package, passages, progress=_progress())), options)
-
-
-def _judge_childrens_book(folders: Sequence[Path], options: argparse.Namespace) -> Iterator[Row]:
-    questions = read_childrens_book(options.cbt)
-    for package in _one_by_one(folders, options):
-        yield _row(package, asdict(score_childrens_book(package, questions, progress=_progress())), options)
-
-
-def _one_by_one(folders: Sequence[Path], options: argparse.Namespace) -> Iterator[ScoredPackage]:
-    """All are checked before the first is loaded: the last may come hours later."""
+def _judge_words(folders: Sequence[Path], options: argparse.Namespace) -> Iterator[Row]:
+    """LAMBADA or the Children's Book Test, one package after the other."""
+    score = {"lambada": _lambada, "cbt": _childrens_book}[options.task](options.file)
     for folder in folders:
-        open_package(folder)
+        open_package(folder)  # before the first is run: the last may come hours later
     for folder in folders:
-        yield ScoredPackage(folder, threads=options.threads)
+        yield _judge_alone(folder, score, options)
+
+
+def _judge_alone(folder: Path, score: Score, options: argparse.Namespace) -> Row:
+    package = ScoredPackage(folder, threads=options.threads)
+    return _row(package, score(package), options)
+
+
+def _lambada(file: Path) -> Score:
+    passages = read_lambada(file)
+    return lambda package: asdict(score_lambada(package, passages, progress=_progress()))
+
+
+def _childrens_book(file: Path) -> Score:
+    questions = read_childrens_book(file)
+    return lambda package: asdict(score_childrens_book(package, questions, progress=_progress()))
 
 
 def _row(
     package: ScoredPackage, quality: dict[str, Any], options: argparse.Namespace, *, is_reference: bool = False
 ) -> Row:
-    alone = len({options.reference or options.package[0], *options.package}) == 1
     return {
         "package": str(package.folder),
         "precision": package.manifest.precision,
         "is_reference": is_reference,
         **quality,
-        **asdict(package.cost(alone=alone)),
+        **asdict(package.cost(alone=len(_folders(options)) == 1)),
         "paper": published_figures(options.dataset, package.manifest.config) if options.dataset else None,
     }
+
+
+def _folders(options: argparse.Namespace) -> list[Path]:
+    """Every package once, the reference first."""
+    return list(dict.fromkeys([*([options.reference] if options.reference else []), *options.package]))
 
 
 def _receipt(options: argparse.Namespace) -> dict[str, Any]:
@@ -233,13 +244,13 @@ def _processor() -> str:
 
 
 def _progress() -> Progress:
-    """One line on stderr that is written over, and cleared at the end; nothing where stderr is no terminal."""
+    """One line on stderr that whatever comes next is written over; nothing where stderr is no terminal."""
     if not sys.stderr.isatty():
         return lambda _what, _done, _total: None
 
     def show(what: str, done: int, total: int) -> None:
-        line = f"\r{what} {done:,} of {total:,}"
-        print(line if done < total else "\r" + " " * len(line) + "\r", end="", file=sys.stderr, flush=True)
+        line = f"{what} {done:,} of {total:,}"
+        print(line if done < total else " " * len(line), end="\r", file=sys.stderr, flush=True)
 
     return show
 

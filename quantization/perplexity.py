@@ -16,16 +16,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import NDArray
 
 from runtime.errors import RequestError
 from runtime.tokenizer import Tokenizer
 
-from .divergence import kl_of_log_probabilities, log_softmax, rank_of_first_choice
+from .divergence import Float64Array, kl_of_log_probabilities, log_softmax, rank_of_first_choice
 from .scored_package import Int64Array, Progress, ScoredPackage
 from .standard_error import Estimate, clustered_mean
-
-Float64Array = NDArray[np.float64]
 
 PERCENTILES = (1, 5, 50, 95, 99)
 """Of the change of the true token's probability. llama.cpp's perplexity tool reports the same."""

@@ -56,10 +56,9 @@ def draw_plot(rows: Sequence[dict[str, Any]], path: Path, *, title: str) -> None
     for row in rows:
         label = f"{Path(row['package']).name}\n{row['bytes'] / 1e6:,.1f} MB"
         area = max(SMALLEST_AREA, LARGEST_AREA * row["bytes"] / largest)
-        axes.scatter(row["tokens_per_s"], row[metric], s=area, alpha=0.6, label=label)
-    # names in a legend: written beside the discs they would cover each other
-    for handle in figure.legend(loc="outside right upper").legend_handles:
-        handle.set_sizes([SMALLEST_AREA])
+        disc = axes.scatter(row["tokens_per_s"], row[metric], s=area, alpha=0.6)
+        axes.scatter([], [], s=SMALLEST_AREA, color=disc.get_facecolor(), label=label)
+    figure.legend(loc="outside right upper")  # names beside the discs would cover each other
     axes.margins(0.2)
     axes.grid(alpha=0.3)
     axes.set(title=title, xlabel="tokens/s while scoring (higher is better)", ylabel=AXES[metric])

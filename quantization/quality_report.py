@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -21,10 +22,11 @@ def report(rows: Sequence[Row], receipt: Mapping[str, Any]) -> str:
     paper: list[Column] = [("paper", _paper)] if receipt["dataset"] else []
     parts = _table(rows, quality + COST + paper)
     if rows[0].get("kl") is not None:
-        parts += ["", f"against {rows[0]['package']}; dp: change of the true token's probability, percentage points"]
+        heading = f"against {rows[0]['package']}; dp: change of the true token's probability, percentage points"
+        parts += ["", textwrap.fill(heading, COLUMNS)]
         parts += _table(rows[1:], AGAINST_REFERENCE)
     known = (f"{name.replace('_', ' ')} {value}" for name, value in receipt.items() if value is not None)
-    return "\n".join([*parts, "", ", ".join(known)])
+    return "\n".join([*parts, "", textwrap.fill(", ".join(known), COLUMNS)])
 
 
 def _table(rows: Sequence[Row], columns: Sequence[Column]) -> list[str]:

@@ -42,6 +42,6 @@ def test_every_miss_is_named() -> None:
     with pytest.raises(VerificationError) as raised:
         check_bars([Bar("kl", 0.5), Bar("top1", 0.9)], rows)
     assert str(raised.value) == (
-        "x: kl 0.6, expected at most 0.5; y: top1 0.8, expected at least 0.9; convert with another precision, or lower "
+        "x: kl 0.6, expected at most 0.5; y: top1 0.8, expected at least 0.9; convert with another precision, or move "
         "the bar"
     )

@@ -103,10 +103,10 @@ def test_the_reference_may_be_named_among_the_packages(tiny_fp32: Path, text: Pa
 
 def test_a_package_alone_tells_its_memory_on_a_terminal_too(tiny_fp32: Path, text: Path, capsys: Capture) -> None:
     assert main([str(tiny_fp32), "--text", str(text), "--tokens", "100", "--threads", "1"]) == 0
-    heading, row, _, receipt = capsys.readouterr().out.splitlines()
+    heading, row, _, *receipt = capsys.readouterr().out.splitlines()
     assert heading.split()[:3] == ["package", "perplexity", "(error)"]
     assert int(row.split()[-1].replace(",", "")) > 50
-    assert "threads 1" in receipt
+    assert "threads 1" in " ".join(receipt)
 
 
 def test_lambada_is_told(tiny_fp32: Path, tiny_int8: Path, lambada: Path, capsys: Capture) -> None:
@@ -157,9 +157,9 @@ def test_on_a_terminal_progress_is_one_line_that_goes_away(tiny_fp32: Path, text
     os.close(theirs)
     shown = os.read(ours, 10_000).decode()
     os.close(ours)
-    assert shown.startswith("\rwindows 1 of 5")
+    assert shown.startswith("windows 1 of 5\r")
     assert "\n" not in shown
-    assert shown.endswith(" \r")
+    assert shown.endswith(f"\r{' ' * len('windows 5 of 5')}\r")
 
 
 # Bars
