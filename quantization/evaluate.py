@@ -97,12 +97,12 @@ def _evaluate(options: argparse.Namespace) -> int:
     judge = _judge_text if options.task == "text" else _judge_words
     rows = list(judge(folders, options))
     receipt = _receipt(options)
-    if options.plot:
-        draw_plot(rows, options.plot, title=options.file.name)
     if options.json:
         print_json({"rows": rows, "receipt": receipt})
     else:
         print(report(rows, receipt))
+    if options.plot:  # behind the figures, which a full disk must not cost
+        draw_plot(rows, options.plot, title=options.file.name)
     check_bars(bars, [row for row in rows if not row["is_reference"]])
     return 0
 

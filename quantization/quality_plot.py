@@ -25,10 +25,12 @@ def refuse_plot(path: Path) -> None:
     """Tell before any work that a plot cannot be drawn.
 
     Raises:
-        RequestError: the file's name is of no kind that is drawn, or matplotlib is not installed.
+        RequestError: the file's name is of no kind that is drawn, its folder is not there, or matplotlib is not.
     """
     if path.suffix not in SUFFIXES:
         raise RequestError(f"--plot {path}: expected a file name that ends with {' or '.join(SUFFIXES)}")
+    if not path.parent.is_dir():
+        raise RequestError(f"--plot {path}: there is no folder {path.parent}; make it first")
     try:
         importlib.import_module("matplotlib.figure")
     except ImportError as error:

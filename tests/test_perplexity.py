@@ -30,8 +30,8 @@ from runtime.package import MODEL_FILES, WEIGHTS_SUFFIX
 from .conftest import BYTES_AND_END, bytes_checkpoint, converted
 from .tiny import tiny_config, write_safetensors_checkpoint
 
-ROUNDING = 1e-6
-"""Nats between the ways of adding up float32 logits. Measured: 2e-7."""
+ROUNDING = 5e-6
+"""Nats between the ways of adding up float32 logits. Measured: 5e-7."""
 
 TEXT = "It was the best of times, it was the worst of times; it was the age of wisdom.\n\nThe year: 1775, à Paris. " * 2
 

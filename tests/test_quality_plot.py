@@ -48,6 +48,11 @@ def test_a_kind_of_picture_that_is_not_drawn_is_refused() -> None:
         refuse_plot(Path("q.pdf"))
 
 
+def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match=r"there is no folder .*/absent; make it first"):
+        refuse_plot(tmp_path / "absent" / "q.png")
+
+
 def test_without_matplotlib_one_line_says_what_to_install_and_no_work_is_done(tiny_fp32: Path, tmp_path: Path) -> None:
     arguments = (str(tiny_fp32), "--text", str(tmp_path / "absent"), "--plot", str(tmp_path / "q.png"))
     result = run_without(["matplotlib"], "quantization.evaluate", *arguments)

@@ -18,11 +18,11 @@ from quantization.evaluate import main
 from tests.conftest import DEMO_CHECKPOINT
 
 TOLERANCE = 1e-3
-"""Of a perplexity. Measured: 1e-7."""
+"""Of a perplexity. Measured: 2e-6."""
 
 WINDOW, STRIDE, CHARACTERS = 512, 384, 12_000
 PASSAGES = 40
-"""The first of LAMBADA's 5,153; with the text, some 10 seconds."""
+"""The first of LAMBADA's 5,153; with the text, some 5 seconds."""
 
 
 @dataclass(frozen=True)
