@@ -119,13 +119,13 @@ def _blocks(text: str) -> Iterator[tuple[int, list[str]]]:
 
 
 def _question(path: Path, first: int, lines: list[str]) -> Question:
-    numbered = [re.fullmatch(r"(\d+) ?(.*)", line) for line in lines]
-    if [match and int(match[1]) for match in numbered] != list(range(1, QUESTION_LINES + 1)):
+    numbered = [line.partition(" ") for line in lines]
+    if [number for number, _, _ in numbered] != [str(number) for number in range(1, QUESTION_LINES + 1)]:
         raise RequestError(f"{path}: the question at line {first} is not 21 lines, numbered 1 to 21; mend it")
-    *context, query = [match[2] for match in numbered if match]
+    *context, query = [sentence for _, _, sentence in numbered]
     sentence, answer, _, listed = [*query.split("\t"), "", "", "", ""][:4]
     candidates = tuple(listed.split("|"))
-    if BLANK not in sentence or answer not in candidates:
+    if BLANK not in sentence or not answer or answer not in candidates:
         raise RequestError(
             f"{path}: line {first + len(lines) - 1} is not a sentence with {BLANK}, its answer and candidates a|b|c, "
             "the answer among them, separated by tabs; mend it"

@@ -30,7 +30,7 @@ from .childrens_book import score_childrens_book
 from .datasets import read_childrens_book, read_lambada, read_text
 from .lambada import score_lambada
 from .paper import PUBLISHED, Task, published_figures
-from .perplexity import count_scored, cut_windows, score_text, summarize
+from .perplexity import count_scored, cut_windows, encode_text, score_text, summarize
 from .quality_plot import draw_plot, refuse_plot
 from .quality_report import Row, report
 from .scored_package import Int64Array, Progress, ScoredPackage
@@ -155,9 +155,9 @@ def _ids_in_common(packages: Sequence[ScoredPackage], text: str) -> Int64Array:
         RequestError: they are not.
     """
     first, *others = packages
-    ids = first.generator.tokenizer.encode(text)
+    ids = encode_text(first.generator.tokenizer, text)
     for other in others:
-        if not _same_tokens(first, other) or not np.array_equal(ids, other.generator.tokenizer.encode(text)):
+        if not _same_tokens(first, other) or not np.array_equal(ids, encode_text(other.generator.tokenizer, text)):
             raise RequestError(
                 f"{other.folder} has another tokenizer or vocabulary than the reference, {first.folder}, and so their "
                 "predictions cannot be compared; judge it without --reference, by its bits per byte"

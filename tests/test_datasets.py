@@ -86,6 +86,8 @@ def test_questions_are_read_in_plain_writing(tmp_path: Path, end_of_line: str) -
         (QUESTION.replace("XXXXX", "fox"), "line 21 is not a sentence with XXXXX, its answer and candidates"),
         (QUESTION.replace("|fox|", "|"), "line 21 is not a sentence with XXXXX"),
         (QUESTION.replace("\t\tdog|fox|cat", ""), "line 21 is not a sentence with XXXXX"),
+        (QUESTION.partition("\t")[0], "line 21 is not a sentence with XXXXX"),
+        (QUESTION.replace("20 Sent", f"{'9' * 5000} Sent"), "the question at line 1 is not 21 lines"),
         ("\n \n", "file: holds no question"),
         (f"{QUESTION}\n\nmore", "the question at line 23 is not 21 lines"),
     ],

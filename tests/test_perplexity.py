@@ -9,23 +9,26 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from export.checkpoint import canonical_shapes
 from quantization.perplexity import (
+    CHARACTERS_AT_ONCE,
     TextQuality,
     TextScores,
     Window,
     count_scored,
     cut_windows,
+    encode_text,
     score_text,
     summarize,
 )
 from quantization.scored_package import ScoredPackage
 from runtime.errors import PackageError, RequestError
-from runtime.package import MODEL_FILES, WEIGHTS_SUFFIX
+from runtime.package import MODEL_FILES, TOKENIZER, WEIGHTS_SUFFIX
+from runtime.tokenizer import Tokenizer
 
 from .conftest import BYTES_AND_END, bytes_checkpoint, converted
 from .tiny import tiny_config, write_safetensors_checkpoint
@@ -60,6 +63,29 @@ def compared(reference: Path, package: Path, *, window: int, stride: int) -> Tex
 @pytest.fixture(scope="module")
 def tiny(tiny_fp32: Path) -> ScoredPackage:
     return ScoredPackage(tiny_fp32)
+
+
+# Encoding
+
+
+@pytest.fixture(scope="module")
+def demo_tokenizer(demo_fp32: Path) -> Tokenizer:
+    return Tokenizer.load(demo_fp32 / TOKENIZER)
+
+
+@given(st.lists(st.sampled_from(["and", "I", "'s", "7", ".", " ", "  ", "\n", "\t", "é", "\x1c", "\u3000", "—"])))
+@settings(deadline=None)
+def test_a_text_in_pieces_has_the_same_tokens(demo_tokenizer: Tokenizer, parts: list[str]) -> None:
+    text = "".join(parts)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("quantization.perplexity.CHARACTERS_AT_ONCE", 3)
+        assert encode_text(demo_tokenizer, text).tolist() == demo_tokenizer.encode(text).tolist()
+
+
+def test_a_long_text_is_cut_between_words(demo_tokenizer: Tokenizer) -> None:
+    long = TEXT * 2000
+    assert len(long) > CHARACTERS_AT_ONCE
+    assert encode_text(demo_tokenizer, long).tolist() == demo_tokenizer.encode(long).tolist()
 
 
 # Windows
