@@ -11,6 +11,9 @@ Row = dict[str, Any]
 
 COLUMNS = 120
 GAP = "  "
+SHORTEST_NAME = 12  # of a package, in a table that is too wide
+
+NOTE = "in parentheses: standard errors; bits: a weight's; tokens/s: run while scoring, a prompt's speed, not writing's"
 
 Column = tuple[str, Callable[[Row], str]]
 """A heading, and what stands below it for a package."""
@@ -26,14 +29,14 @@ def report(rows: Sequence[Row], receipt: Mapping[str, Any]) -> str:
         parts += ["", textwrap.fill(heading, COLUMNS)]
         parts += _table(rows[1:], AGAINST_REFERENCE)
     known = (f"{name.replace('_', ' ')} {value}" for name, value in receipt.items() if value is not None)
-    return "\n".join([*parts, "", textwrap.fill(", ".join(known), COLUMNS)])
+    return "\n".join([*parts, "", NOTE, textwrap.fill(", ".join(known), COLUMNS)])
 
 
 def _table(rows: Sequence[Row], columns: Sequence[Column]) -> list[str]:
     """A line for each package, below the headings."""
     table = [[heading for heading, _ in columns], *([of_row(row) for _, of_row in columns] for row in rows)]
     widths = [max(map(len, cells)) for cells in zip(*table, strict=True)]
-    room = COLUMNS - sum(widths) - len(GAP) * len(widths)
+    room = max(SHORTEST_NAME, COLUMNS - sum(widths) - len(GAP) * len(widths))
     names = [_ending(name, room) for name in ("package", *(row["package"] for row in rows))]
     longest = max(map(len, names))
     return [
@@ -58,9 +61,10 @@ def _with_error(name: str, error: str, digits: int, unit: float = 1) -> Callable
 
 
 def _paper(row: Row) -> str:
-    figures = row["paper"] or {}
+    if row["paper"] is None:
+        return "-"
     return ", ".join(
-        f"{100 * figure:.2f}%" if "accuracy" in metric else f"{figure:.2f}" for metric, figure in figures.items()
+        f"{100 * figure:.2f}%" if "accuracy" in metric else f"{figure:.2f}" for metric, figure in row["paper"].items()
     )
 
 
@@ -70,30 +74,30 @@ def _percentile(name: str) -> Column:
 
 COST: list[Column] = [
     ("MB", lambda row: f"{row['bytes'] / 1e6:,.1f}"),
-    ("bits/weight", lambda row: f"{row['bits_per_weight']:.2f}"),
+    ("bits", lambda row: f"{row['bits_per_weight']:.2f}"),
     ("tokens/s", lambda row: f"{row['tokens_per_s']:,.0f}"),
     ("peak MB", lambda row: "-" if row["peak_rss_bytes"] is None else f"{row['peak_rss_bytes'] / 1e6:,.0f}"),
 ]
 TEXT: list[Column] = [
-    ("perplexity (error)", _with_error("perplexity", "standard_error", 3)),
+    ("perplexity", _with_error("perplexity", "standard_error", 3)),
     ("a word", lambda row: "-" if row["word_perplexity"] is None else f"{row['word_perplexity']:,.2f}"),
     ("bits/byte", lambda row: f"{row['bits_per_byte']:.4f}"),
     ("tokens", lambda row: f"{row['tokens']:,}"),
 ]
 LAMBADA: list[Column] = [
-    ("accuracy % (error)", _with_error("accuracy", "accuracy_standard_error", 2, 100)),
+    ("accuracy %", _with_error("accuracy", "accuracy_standard_error", 2, 100)),
     ("last token %", lambda row: f"{100 * row['last_token_accuracy']:.2f}"),
-    ("perplexity (error)", _with_error("perplexity", "standard_error", 2)),
+    ("perplexity", _with_error("perplexity", "standard_error", 2)),
     ("passages", lambda row: f"{row['passages']:,}"),
 ]
 CHILDRENS_BOOK: list[Column] = [
-    ("accuracy % (error)", _with_error("accuracy", "accuracy_standard_error", 2, 100)),
+    ("accuracy %", _with_error("accuracy", "accuracy_standard_error", 2, 100)),
     ("questions", lambda row: f"{row['questions']:,}"),
 ]
 AGAINST_REFERENCE: list[Column] = [
-    ("KL (error)", _with_error("kl", "kl_standard_error", 5)),
+    ("KL", _with_error("kl", "kl_standard_error", 5)),
     ("top 1 %", lambda row: f"{100 * row['top1']:.2f}"),
     ("top 5 %", lambda row: f"{100 * row['top5']:.2f}"),
-    ("perplexity % (error)", _with_error("perplexity_change", "perplexity_change_standard_error", 3)),
+    ("perplexity %", _with_error("perplexity_change", "perplexity_change_standard_error", 3)),
     *(_percentile(name) for name in ("p1", "p5", "p50", "p95", "p99")),
 ]

@@ -104,7 +104,7 @@ def test_the_reference_may_be_named_among_the_packages(tiny_fp32: Path, text: Pa
 def test_a_package_alone_tells_its_memory_on_a_terminal_too(tiny_fp32: Path, text: Path, capsys: Capture) -> None:
     assert main([str(tiny_fp32), "--text", str(text), "--tokens", "100", "--threads", "1"]) == 0
     heading, row, _, *receipt = capsys.readouterr().out.splitlines()
-    assert heading.split()[:3] == ["package", "perplexity", "(error)"]
+    assert heading.split()[:4] == ["package", "perplexity", "a", "word"]
     assert int(row.split()[-1].replace(",", "")) > 50
     assert "threads 1" in " ".join(receipt)
 
