@@ -44,6 +44,7 @@ from .fingerprint import FingerprintedTensors
 from .onnx_builder import WeightsFile
 from .publish import refuse_to_replace, staged
 from .resolve import FoundCheckpoint, find_checkpoint
+from .step_weights import decode_weight_bytes
 from .tokenizer_files import build_tokenizer, write_tokenizer
 from .verification import PROMPTS, Verification, check, verify_decoder
 
@@ -116,14 +117,14 @@ def convert(
         graph = stored.fitted(tokenizer.get_vocab())
         checkpoint = graph.checkpoint
         with staged(output, force=force) as staging:
-            weights_entry, fingerprint = _write_model(staging, graph, precision, progress)
+            written = _write_model(staging, graph, precision, progress)
             write_tokenizer(tokenizer, staging, checkpoint.config.n_ctx)
             write_client_files(staging, checkpoint.config, precision, graph.attention)
             write_license(staging, folder)
             source = Source(
-                name=_plain_text(name or checkpoint.name), layout=checkpoint.layout, fingerprint=fingerprint
+                name=_plain_text(name or checkpoint.name), layout=checkpoint.layout, fingerprint=written.fingerprint
             )
-            manifest = _describe(staging, graph, precision, source, weights_entry)
+            manifest = _describe(staging, graph, precision, source, written)
             write_manifest(staging, manifest)
 
             verification = _verify(staging, checkpoint, precision, progress)
@@ -131,14 +132,23 @@ def convert(
 
             manifest = replace(manifest, quality=verification.quality(), golden=verification.golden)
             write_model_card(staging, manifest)
-            manifest = replace(manifest, files=_file_entries(staging, precision, weights_entry))
+            manifest = replace(manifest, files=_file_entries(staging, precision, written.weights))
             write_manifest(staging, manifest)
             open_package(staging)
     return Conversion(output, manifest, verification, time.perf_counter() - started)
 
 
-def _write_model(staging: Path, graph: GraphSource, precision: Precision, progress: Progress) -> tuple[FileEntry, str]:
-    """Write graph and weights, one tensor in memory at a time; the weights file's entry, the source's fingerprint."""
+@dataclass(frozen=True, slots=True)
+class _WrittenModel:
+    """What is known of graph and weights once they are on disk; nothing needs to be read again."""
+
+    weights: FileEntry
+    fingerprint: str  # of the source
+    decode_weight_bytes: int
+
+
+def _write_model(staging: Path, graph: GraphSource, precision: Precision, progress: Progress) -> _WrittenModel:
+    """Write graph and weights, one tensor in memory at a time."""
     model_path = staging / MODEL_FILES[precision]
     model_path.parent.mkdir()
     config = graph.checkpoint.config
@@ -148,11 +158,11 @@ def _write_model(staging: Path, graph: GraphSource, precision: Precision, progre
         weights = WeightsFile(file, location)
         model = graph.write_graph(config, tensors, precision, weights)
     model_path.write_bytes(model.SerializeToString(deterministic=True))
-    return weights.entry(), tensors.fingerprint()
+    return _WrittenModel(weights.entry(), tensors.fingerprint(), decode_weight_bytes(model))
 
 
 def _describe(
-    staging: Path, graph: GraphSource, precision: Precision, source: Source, weights_entry: FileEntry
+    staging: Path, graph: GraphSource, precision: Precision, source: Source, written: _WrittenModel
 ) -> Manifest:
     tools = ("numpy", "onnx", "onnxruntime", "tokenizers")
     return Manifest(
@@ -161,12 +171,13 @@ def _describe(
         device="cpu",
         attention=graph.attention,
         opset=graph.opset,
+        decode_weight_bytes=written.decode_weight_bytes,
         needs=Needs(onnxruntime=OLDEST_ONNXRUNTIME[precision], processor=INT8_FEATURES if precision == "int8" else ()),
         source=source,
         tools={"gpt2-edge": runtime.__version__, "python": platform.python_version()}
         | {name: version(name) for name in tools}
         | dict(graph.tools),
-        files=_file_entries(staging, precision, weights_entry),
+        files=_file_entries(staging, precision, written.weights),
     )
 
 

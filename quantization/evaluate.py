@@ -9,7 +9,6 @@ This is the story; read it top-down. The definitions stand where the figures are
 from __future__ import annotations
 
 import argparse
-import platform
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -20,6 +19,7 @@ from typing import Any, get_args
 import numpy as np
 
 import runtime
+from runtime.benchmark.machine import processor_name
 from runtime.command_line import CommandLineParser, print_json, run_command
 from runtime.errors import RequestError
 from runtime.package import file_entry, open_package
@@ -31,7 +31,7 @@ from .datasets import read_childrens_book, read_lambada, read_text
 from .lambada import score_lambada
 from .paper import PUBLISHED, Task, published_figures
 from .perplexity import count_scored, cut_windows, encode_text, score_text, summarize
-from .quality_plot import draw_plot, refuse_plot
+from .quality_plot import check_plot_file, write_plot
 from .quality_report import Row, report
 from .scored_package import Int64Array, Progress, ScoredPackage
 
@@ -88,7 +88,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _evaluate(options: argparse.Namespace) -> int:
     if options.plot:
-        refuse_plot(options.plot)
+        check_plot_file(options.plot)
     measured = MEASURED[options.task] + (MEASURED_AGAINST_REFERENCE if options.reference else ())
     bars = read_bars(options.bar, measured=measured) if options.bar is not None else []
     folders = _folders(options)
@@ -102,7 +102,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     else:
         print(report(rows, receipt))
     if options.plot:  # behind the figures, which a full disk must not cost
-        draw_plot(rows, options.plot, title=options.file.name)
+        write_plot(options.plot, rows, title=options.file.name)
     check_bars(bars, [row for row in rows if not row["is_reference"]])
     return 0
 
@@ -226,21 +226,11 @@ def _receipt(options: argparse.Namespace) -> dict[str, Any]:
         "window": options.window,
         "stride": options.stride,
         "threads": available_processors() if options.threads is None else options.threads,
-        "processor": _processor(),
+        "processor": processor_name(),
         "gpt2_edge": runtime.__version__,
         "onnxruntime": load_onnxruntime().__version__,
         "numpy": version("numpy"),
     }
-
-
-def _processor() -> str:
-    """The processor's name, where Linux tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.machine())
 
 
 def _progress() -> Progress:

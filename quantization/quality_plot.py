@@ -21,7 +21,7 @@ AXES = {
 SMALLEST_AREA, LARGEST_AREA = 40.0, 900.0  # of a disc, in points squared
 
 
-def refuse_plot(path: Path) -> None:
+def check_plot_file(path: Path) -> None:
     """Tell before any work that a plot cannot be drawn.
 
     Raises:
@@ -39,12 +39,12 @@ def refuse_plot(path: Path) -> None:
         ) from error
 
 
-def draw_plot(rows: Sequence[dict[str, Any]], path: Path, *, title: str) -> None:
+def write_plot(path: Path, rows: Sequence[dict[str, Any]], *, title: str) -> None:
     """Draw packages by speed and quality and write the picture.
 
     Args:
-        rows: what `quantization.evaluate` measured.
         path: ends with one of `SUFFIXES`.
+        rows: what `quantization.evaluate` measured.
         title: what they were judged on.
     Raises:
         OSError: the file cannot be written.

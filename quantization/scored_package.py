@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from runtime.benchmark.machine import peak_rss_bytes
 from runtime.errors import PackageError
 from runtime.package import WEIGHTS_SUFFIX, Manifest
 from runtime.text_generator import TextGenerator
@@ -29,7 +29,7 @@ class Cost:
     bytes: int  # of the package's files
     bits_per_weight: float  # of the weights file, over the model's parameters
     tokens_per_s: float  # that were run while scoring, in pieces, all logits kept: a prompt's speed, not writing's
-    peak_rss_bytes: int | None  # of this process since its start; None where it has loaded other packages too
+    peak_rss_bytes: int | None  # of this process since its start; None where it has other packages, or nobody tells
 
 
 class ScoredPackage:
@@ -78,10 +78,9 @@ class ScoredPackage:
         """What it has taken so far; `alone` says that this process has loaded no other package."""
         sizes = {name: entry.bytes for name, entry in self.manifest.files.items()}
         weights = sum(size for name, size in sizes.items() if name.endswith(WEIGHTS_SUFFIX))
-        peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # Linux counts it in KiB
         return Cost(
             bytes=sum(sizes.values()),
             bits_per_weight=weights * 8 / self.manifest.config.parameter_count,
             tokens_per_s=self.tokens_run / self.seconds,
-            peak_rss_bytes=peak_kib * 1024 if alone else None,
+            peak_rss_bytes=peak_rss_bytes() if alone else None,
         )

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from quantization.quality_plot import draw_plot, refuse_plot
+from quantization.quality_plot import check_plot_file, write_plot
 from runtime.errors import RequestError
 
 from .test_isolation import run_without
@@ -22,8 +22,8 @@ def rows(**figures: float | None) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize(("name", "start"), [("q.png", b"\x89PNG"), ("q.svg", b"<?xml")])
 def test_a_picture_is_written(tmp_path: Path, name: str, start: bytes) -> None:
-    refuse_plot(tmp_path / name)
-    draw_plot(rows(kl=0.001, perplexity=60.0), tmp_path / name, title="text")
+    check_plot_file(tmp_path / name)
+    write_plot(tmp_path / name, rows(kl=0.001, perplexity=60.0), title="text")
     assert (tmp_path / name).read_bytes().startswith(start)
 
 
@@ -36,7 +36,7 @@ def test_a_picture_is_written(tmp_path: Path, name: str, start: bytes) -> None:
     ],
 )
 def test_it_says_what_it_shows(tmp_path: Path, figures: dict[str, float | None], axis: str) -> None:
-    draw_plot(rows(**figures), tmp_path / "q.svg", title="wiki.test.raw")
+    write_plot(tmp_path / "q.svg", rows(**figures), title="wiki.test.raw")
     comments = [line for line in (tmp_path / "q.svg").read_text(encoding="utf-8").splitlines() if "<!--" in line]
     assert any(axis in line for line in comments)
     for label in ("x-fp32", "28.0 MB", "x-int8", "8.0 MB", "wiki.test.raw", "tokens/s while scoring"):
@@ -45,12 +45,12 @@ def test_it_says_what_it_shows(tmp_path: Path, figures: dict[str, float | None],
 
 def test_a_kind_of_picture_that_is_not_drawn_is_refused() -> None:
     with pytest.raises(RequestError, match=r"--plot q.pdf: expected a file name that ends with .svg or .png"):
-        refuse_plot(Path("q.pdf"))
+        check_plot_file(Path("q.pdf"))
 
 
 def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match=r"there is no folder .*/absent; make it first"):
-        refuse_plot(tmp_path / "absent" / "q.png")
+        check_plot_file(tmp_path / "absent" / "q.png")
 
 
 def test_without_matplotlib_one_line_says_what_to_install_and_no_work_is_done(tiny_fp32: Path, tmp_path: Path) -> None:
