@@ -128,11 +128,11 @@ def test_rows_that_begin_otherwise_than_the_reference_are_counted() -> None:
 def test_a_page_says_how_many_rounds_there_are() -> None:
     times = {"gpt2-edge-int8": [(10.0, 5.0), (12.0, 4.0)], "llama.cpp-Q8_0": [(20.0, 5.0), (20.0, 5.0)]}
     page = render_result(result_of(times, rounds=5))
-    assert "2 of 5 rounds" in page
+    assert "rounds 2 of 5," in page
     assert "| gpt2-edge-int8 | 11 (10-12) | 4.5 (4.0-5.0) |" in page
     assert "| int8 / llama.cpp (package 1.2) Q8_0 | 0.55 (0.50-0.60) | 0.90 (0.80-1.00) |" in page
     assert "As it was done." in page
-    assert "2 of" not in render_result(result_of(times, rounds=2)).partition("## Engines")[0]
+    assert "rounds 2, measured" in render_result(result_of(times, rounds=2))
 
 
 def test_the_section_tells_the_latest_of_each_checkpoint() -> None:

@@ -237,14 +237,14 @@ def write_result(result: Result, folder: Path) -> None:
 
 def _receipt(result: Result) -> str:
     machine, options = result["machine"], result["options"]
-    done, wanted = len(result["rounds"]), options["rounds"]
+    rounds, wanted = str(len(result["rounds"])), str(options["rounds"])
     load = {when: "/".join(f"{value:.1f}" for value in result["load_average"][when]) for when in ("start", "end")}
     return (
         f"{result['date']}, {machine['processor']}, {machine['cores']} cores, {machine['memory_gb']:.0f} GB, Linux "
-        f"{machine['kernel']}; {options['threads']} threads, {options['new_tokens']} new tokens, "
-        f"{done if done == wanted else f'{done} of {wanted}'} rounds of {options['runs']} measured "
-        f"run{'s' * (options['runs'] > 1)} a case; load average {load['start']} at the start, {load['end']} at the "
-        f"end; gpt2-edge at {result['commit']}."
+        f"{machine['kernel']}; threads {options['threads']}, new tokens {options['new_tokens']}, rounds "
+        f"{rounds if rounds == wanted else f'{rounds} of {wanted}'}, measured runs of a case in a round "
+        f"{options['runs']}; load average {load['start']} at the start, {load['end']} at the end; gpt2-edge at "
+        f"{result['commit']}."
     )
 
 
@@ -278,10 +278,13 @@ def _ratios_table(result: Result) -> str:
     header = ["ours / theirs", *(f"{case}: {what}" for case in cases for what in ("first token", "decode"))]
     lines = []
     for ours, theirs in _pairs(result["engines"]):
-        found = [rows.get((ours, theirs, case)) for case in cases]
-        cells = [text for row in found for text in ((row.ttft.text(2), row.decode.text(2)) if row else ("", ""))]
+        cells = [cell for case in cases for cell in _ratio_cells(rows.get((ours, theirs, case)))]
         lines.append([f"{result['engines'][ours]['type']} / {_label(result['engines'][theirs])}", *cells])
     return _table(header, lines)
+
+
+def _ratio_cells(row: Ratio | None) -> tuple[str, str]:
+    return (row.ttft.text(2), row.decode.text(2)) if row else ("left out", "left out")
 
 
 def _label(engine: Mapping[str, Any]) -> str:

@@ -30,8 +30,9 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     session_options = onnxruntime.SessionOptions()
     session_options.intra_op_num_threads = options.threads
+    (graph,) = options.model.glob("*.onnx")  # its name depends on the type
     start = time.perf_counter()
-    model = ORTModelForCausalLM.from_pretrained(options.model, session_options=session_options)
+    model = ORTModelForCausalLM.from_pretrained(options.model, file_name=graph.name, session_options=session_options)
     load_s = time.perf_counter() - start
 
     def generate(prompts: NDArray[np.int64], new_tokens: int) -> Run:

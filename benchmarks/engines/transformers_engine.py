@@ -28,7 +28,7 @@ def main() -> None:
             marks.append(time.perf_counter())
         return Run(marks[1] - marks[0], np.diff(marks[1:]).tolist(), np.concatenate(steps, axis=1).tolist())
 
-    measure_and_report(options, load_s, generate, ("torch", "transformers"))
+    measure_and_report(options, load_s, generate, ("transformers", "torch"))
 
 
 if __name__ == "__main__":
