@@ -83,7 +83,7 @@ OPENVINO_GENAI = Software(
         TORCH,
         ("openvino-genai==2026.4.1.0", "openvino==2026.4.1"),
         ("optimum==2.3.0", "transformers==5.5.4", "nncf==3.4.0", "requests==2.34.2"),
-        # Without torchvision, which it asks for: no text needs it, and a torch without CUDA cannot load its usual build.
+        # Without torchvision, which it asks for: no text needs it, and a torch without CUDA cannot load its CUDA build.
         ("--no-deps", "optimum-intel==2.2.0"),
     ),
     prepare_openvino,
