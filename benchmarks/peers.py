@@ -1,6 +1,7 @@
 """Beside what a user would pick instead: the same checkpoint, the same prompt ids, greedy, rounds that alternate.
 
-    scripts/bench peers CHECKPOINT [--engines NAME,..] [--rounds 5] [--prompt-tokens 128,900] [--batch 1,8] ...
+    scripts/bench peers CHECKPOINT [--engines NAME,..] [--rounds 5] [--prompt-tokens 128,900] [--batch 1,8]
+                                   [--new-tokens 32] [--threads 2] [--runs 1] [--note TEXT] [--work DIR] [--json]
     scripts/bench peers --readme      rewrites the README's section from the files in benchmarks/results
 
 Writes benchmarks/results/<date>-peers-<checkpoint>.json after each round, and the same as a page (.md). The first call
@@ -33,6 +34,7 @@ from benchmarks.comparison.report import (
     render_section,
     replace_section,
     result_name,
+    summarise,
     write_result,
 )
 from export.checkpoint_config import read_hf_config
@@ -77,7 +79,7 @@ def _run(options: argparse.Namespace) -> int:
         if ENGINES[row.engine].bits == 32 and row.same < row.rows:
             print(f"{row.engine}: {row.rows - row.same} of {row.rows} rows have other first ids", file=sys.stderr)
     if options.json:
-        print_json(result)
+        print_json({**result, "summary": summarise(result)})
     else:
         print(render_result(result), end="")
     return 0
@@ -154,6 +156,7 @@ def _begin(checkpoint: str, engines: Sequence[Engine], options: argparse.Namespa
     told = ("prompt_tokens", "batch", "new_tokens", "threads", "rounds", "runs")
     return {
         "checkpoint": checkpoint,
+        "note": options.note,
         "date": date.today().isoformat(),
         "commit": _commit(),
         "machine": {
@@ -217,6 +220,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--work", type=Path, default=ROOT / "build" / "peers", metavar="DIR", help="environments and models; kept"
     )
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="default: benchmarks/results")
+    parser.add_argument(
+        "--note", default="", metavar="TEXT", help="told beside the checkpoint, such as: random weights"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout, nothing else")
     options = parser.parse_args(argv)
     if options.readme == (options.checkpoint is not None):

@@ -239,13 +239,15 @@ def _receipt(result: Result) -> str:
     machine, options = result["machine"], result["options"]
     rounds, wanted = str(len(result["rounds"])), str(options["rounds"])
     load = {when: "/".join(f"{value:.1f}" for value in result["load_average"][when]) for when in ("start", "end")}
-    return (
-        f"{result['date']}, {machine['processor']}, {machine['cores']} cores, {machine['memory_gb']:.0f} GB, Linux "
-        f"{machine['kernel']}; threads {options['threads']}, new tokens {options['new_tokens']}, rounds "
-        f"{rounds if rounds == wanted else f'{rounds} of {wanted}'}, measured runs of a case in a round "
-        f"{options['runs']}; load average {load['start']} at the start, {load['end']} at the end; gpt2-edge at "
-        f"{result['commit']}."
-    )
+    parts = [
+        result["note"],
+        f"{result['date']}, gpt2-edge at {result['commit']}",
+        f"{machine['processor']}, {machine['cores']} cores, {machine['memory_gb']:.0f} GB, Linux {machine['kernel']}",
+        f"threads {options['threads']}, new tokens {options['new_tokens']}",
+        f"rounds {rounds if rounds == wanted else f'{rounds} of {wanted}'}, runs of a case in a round {options['runs']}",
+        f"load average {load['start']} at the start, {load['end']} at the end",
+    ]
+    return "; ".join(part for part in parts if part) + "."
 
 
 def _engines_table(result: Result) -> str:
