@@ -237,14 +237,15 @@ def write_result(result: Result, folder: Path) -> None:
 
 def _receipt(result: Result) -> str:
     machine, options = result["machine"], result["options"]
-    rounds, wanted = str(len(result["rounds"])), str(options["rounds"])
+    done, wanted = len(result["rounds"]), options["rounds"]
+    rounds = f"{done}" if done == wanted else f"{done} of {wanted}"
     load = {when: "/".join(f"{value:.1f}" for value in result["load_average"][when]) for when in ("start", "end")}
     parts = [
         result["note"],
         f"{result['date']}, gpt2-edge at {result['commit']}",
         f"{machine['processor']}, {machine['cores']} cores, {machine['memory_gb']:.0f} GB, Linux {machine['kernel']}",
         f"threads {options['threads']}, new tokens {options['new_tokens']}",
-        f"rounds {rounds if rounds == wanted else f'{rounds} of {wanted}'}, runs of a case in a round {options['runs']}",
+        f"rounds {rounds}, runs of a case in a round {options['runs']}",
         f"load average {load['start']} at the start, {load['end']} at the end",
     ]
     return "; ".join(part for part in parts if part) + "."
