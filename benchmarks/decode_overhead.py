@@ -2,10 +2,10 @@
 
     scripts/bench decode_overhead PACKAGE [--prompt-tokens 128] [--new-tokens 64] [--runs 5]
 
-`runtime.benchmark.timing.time_run` reports the gaps between tokens as ever; meanwhile, in the same process, the caller of
-session.run notes when each of its calls begins and ends. Exit status 3 if the median gap is not, within 2%, the median
-time from one call to the next. What passes outside session.run is the cost of choosing, decoding and binding: printed
-too, with top-k sampling as well.
+`runtime.benchmark.timing.time_run` reports the gaps between tokens as ever; meanwhile, in the same process, the caller
+of session.run notes when each of its calls begins and ends. Exit status 3 if the median gap is not, within 2%, the
+median time from one call to the next. What passes outside session.run is the cost of choosing, decoding and binding:
+printed too, with top-k sampling as well.
 """
 
 from __future__ import annotations
