@@ -1,9 +1,9 @@
-"""Is a step at a length that was not run what the fit says? Short contexts predict a long one, which is measured beside.
+"""Is a step at a length that was not run what the fit says? Short contexts predict a long one, which is measured too.
 
     scripts/bench prediction PACKAGE [--run 128,256,512] [--predict 900] [--new-tokens 32] [--runs 6] [--json]
 
-All lengths run in the same rounds; the fit sees the short ones only. Exit status 3 if the prediction is not within 10% of
-the measured median.
+All lengths run in the same rounds; the fit sees the short ones only. Exit status 3 if the prediction is not within 10%
+of the measured median.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ def check_prediction(options: argparse.Namespace) -> int:
     else:
         print(
             f"{contender.name}, behind {middle} tokens: predicted {prediction.itl_ms:.2f} ms ({prediction.low:.2f} to "
-            f"{prediction.high:.2f}) from prompts of {', '.join(map(str, options.run))}, measured {row.itl_ms.p50:.2f} ms: "
-            f"{off:+.1%}{''.join(f'; {warning}' for warning in prediction.warnings)}"
+            f"{prediction.high:.2f}) from prompts of {', '.join(map(str, options.run))}, measured {row.itl_ms.p50:.2f} "
+            f"ms: {off:+.1%}{''.join(f'; {warning}' for warning in prediction.warnings)}"
         )
         print(receipt_line(measured.receipt))
     if abs(off) > AGREEMENT:

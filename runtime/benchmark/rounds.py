@@ -93,9 +93,10 @@ def measure(
                 for place, workload in enumerate(workloads):
                     for index in _in_turn(contenders, number):
                         progress(f"load {load + 1} of {loads}, {what}: {contenders[index].name}, {workload}")
-                        run = engines[index].run(workload, number % runs)
+                        runs_of_this = done[index][place]
+                        run = engines[index].run(workload, len(runs_of_this))
                         if number >= 0:
-                            done[index][place].append(replace(run, load=load))
+                            runs_of_this.append(replace(run, load=load))
     probes.append(_probe(contenders, workloads, progress))
     noise = meter.read()
     loaded = [engines[index].loaded for index in range(len(contenders))]
