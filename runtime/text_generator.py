@@ -339,13 +339,7 @@ class TextGenerator:
 
 def open_decoder(package: Package, *, device: Device = "cpu", threads: int | None = None) -> Decoder:
     """Open a package's graph on the device that was asked for; errors as `TextGenerator.load`."""
-    made_for = package.manifest.device
-    if device != made_for:
-        raise DeviceError(
-            f"{package.folder} was made for {made_for}, asked for {device}; load it with device {made_for}, or convert "
-            f"the checkpoint for {device}"
-        )
-    check_needs(package.manifest.needs, device=device)
+    check_runs_here(package, device=device)
     manifest = package.manifest
     decoder = Decoder.open(
         package.model_path, manifest.config, attention=manifest.attention, device=device, threads=threads
@@ -353,6 +347,21 @@ def open_decoder(package: Package, *, device: Device = "cpu", threads: int | Non
     if read_manifest(package.folder) != manifest:
         raise PackageError(f"{package.folder} was replaced while it was opened; open it again")
     return decoder
+
+
+def check_runs_here(package: Package, *, device: Device) -> None:
+    """Refuse a package that was made for another device, or that needs what this machine lacks.
+
+    Raises:
+        DeviceError: with what to do instead.
+    """
+    made_for = package.manifest.device
+    if device != made_for:
+        raise DeviceError(
+            f"{package.folder} was made for {made_for}, asked for {device}; load it with device {made_for}, or convert "
+            f"the checkpoint for {device}"
+        )
+    check_needs(package.manifest.needs, device=device)
 
 
 def _as_ids(ids: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:

@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from ..command_line import CommandLineParser, print_json, run_command
+from ..command_line import CommandLineParser, print_json, run_command, whole_number, whole_numbers
 from ..errors import PackageError, RequestError, VerificationError
 from ..package import MANIFEST, Device, Package, open_package
 from ..session import available_processors, checked_threads
-from .engine import Placement
-from .gates import (
+from ..text_generator import check_runs_here
+from .comparison import (
     FEWEST_ROUNDS,
+    LOADS,
     TOLERANCE,
     Comparison,
-    Limit,
+    check_report,
     compare_packages,
     compare_with_report,
-    parse_limits,
     read_report,
 )
+from .engine import Placement
+from .gates import Limit, parse_limits
 from .limits import Prediction
 from .plot import check_plot_file, write_plot
 from .report import Row, csv_text, markdown, receipt_line, table
@@ -31,7 +33,9 @@ from .rounds import Contender, Measured, measure
 from .timing import DEFINITIONS
 from .workload import Workload
 
-RUNS, RUNS_OF_A_COMPARISON = 5, 20
+RUNS, RUNS_OF_A_COMPARISON = 6, 3 * LOADS
+LOADS_OF_A_SWEEP = 3
+"""One after the other: see `rounds.measure`."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,16 +51,33 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("packages", nargs="*", metavar="PACKAGE", help="folder that export.convert wrote")
-    add("--prompt-tokens", type=_sizes, default=[128], metavar="N,..", help="lengths of random prompts; default 128")
+    add(
+        "--prompt-tokens",
+        type=whole_numbers,
+        default=[128],
+        metavar="N,..",
+        help="lengths of random prompts; default 128",
+    )
     add("--prompts", type=Path, metavar="FILE", help="instead: prompts of your own, one on each line")
-    add("--new-tokens", type=_sizes, default=[32], metavar="N,..", help="tokens to write; default 32")
-    add("--batch", type=_sizes, default=[1], metavar="N,..", help="prompts that run together; default 1")
-    add("--threads", type=_sizes, metavar="N,..", help="default: the processors this process may use")
+    add("--new-tokens", type=whole_numbers, default=[32], metavar="N,..", help="tokens to write; default 32")
+    add("--batch", type=whole_numbers, default=[1], metavar="N,..", help="prompts that run together; default 1")
+    add("--threads", type=whole_numbers, metavar="N,..", help="default: the processors this process may use")
     add("--device", choices=get_args(Device), default="cpu")
-    add("--runs", type=_size, metavar="N", help=f"default {RUNS}, with a package as baseline {RUNS_OF_A_COMPARISON}")
-    add("--warmup", type=_count, default=1, metavar="N", help="rounds that are discarded first; default 1")
-    add("--load-runs", type=_count, default=3, metavar="N", help="warm loads, behind a cold one; 0 for none; default 3")
-    add("--predict", type=_sizes, default=[], metavar="N,..", help="decode time behind so many tokens, not run")
+    add(
+        "--runs",
+        type=whole_number(1),
+        metavar="N",
+        help=f"default {RUNS}, with a package as baseline {RUNS_OF_A_COMPARISON}",
+    )
+    add("--warmup", type=whole_number(0), default=1, metavar="N", help="rounds that are discarded first; default 1")
+    add(
+        "--load-runs",
+        type=whole_number(0),
+        default=3,
+        metavar="N",
+        help="warm loads, behind a cold one; 0 for none; default 3",
+    )
+    add("--predict", type=whole_numbers, default=[], metavar="N,..", help="decode time behind so many tokens, not run")
     add("--slo", metavar="LIMITS", help="as ttft_p95_ms=500,itl_p99_ms=60; exit status 3 if a row misses one")
     add(
         "--baseline",
@@ -95,6 +116,7 @@ class _Plan:
     baselines: list[Contender]  # one for each contender, or none
     workloads: list[Workload]
     limits: list[Limit]
+    report: dict[str, Any] | None  # an earlier one, as baseline
     runs: int
 
 
@@ -108,6 +130,7 @@ def _benchmark(options: argparse.Namespace) -> int:
             plan.contenders + plan.baselines,
             plan.workloads,
             runs=plan.runs,
+            loads=min(plan.runs, LOADS if plan.baselines else LOADS_OF_A_SWEEP),
             warmup=options.warmup,
             load_runs=options.load_runs,
             progress=line.show,
@@ -116,8 +139,8 @@ def _benchmark(options: argparse.Namespace) -> int:
     rows = [row for per_contender in measured.rows[:n_contenders] for row in per_contender]
     baseline_rows = [row for per_contender in measured.rows[n_contenders:] for row in per_contender]
     predictions = _predictions(plan, measured, options)
-    comparisons = _comparisons(rows, baseline_rows, measured, options)
-    limits = [(limit, row, *limit.kept_by(row)) for limit in plan.limits for row in rows]
+    comparisons = _comparisons(plan, rows, baseline_rows, measured, options)
+    judgements = [limit.judge(row) for limit in plan.limits for row in rows]
     result = {
         "rows": [asdict(row) for row in rows],
         "baseline_rows": [asdict(row) for row in baseline_rows],
@@ -125,14 +148,14 @@ def _benchmark(options: argparse.Namespace) -> int:
         "comparisons": [{**asdict(each), "verdict": each.verdict} for each in comparisons],
         "limits": [
             {
-                "name": limit.name,
-                "limit": limit.value,
-                "package": row.package,
-                "case": row.case,
-                "value": value,
-                "kept": kept,
+                "name": each.limit.name,
+                "limit": each.limit.value,
+                "package": each.row.package,
+                "case": each.row.case,
+                "value": each.value,
+                "kept": each.kept,
             }
-            for limit, row, kept, value in limits
+            for each in judgements
         ],
         "receipt": measured.receipt,
     }
@@ -141,12 +164,10 @@ def _benchmark(options: argparse.Namespace) -> int:
     else:
         _print(rows + baseline_rows, measured.receipt, predictions, comparisons)
     _write_files(rows + baseline_rows, measured, plan, options)
-    for limit, row, _, _ in limits:
-        if doubt := limit.doubt(row):
+    for judgement in judgements:
+        if doubt := judgement.limit.doubt(judgement.row):
             print(f"warning: {doubt}", file=sys.stderr)
-    missed = [
-        f"{row}: {limit.name} is {value:.4g}, limit {limit.value:.4g}" for limit, row, kept, value in limits if not kept
-    ]
+    missed = [str(judgement) for judgement in judgements if not judgement.kept]
     missed += [str(comparison) for comparison in comparisons if comparison.verdict == "slower"]
     if missed:
         raise VerificationError("; ".join(missed))
@@ -158,6 +179,7 @@ def _plan(options: argparse.Namespace) -> _Plan:
 
     Raises:
         PackageError: a folder is no package.
+        DeviceError: a package does not run here.
         RequestError: a size beyond a context, a limit that is not known, a baseline that is none, too few runs.
     """
     packages = [open_package(folder) for folder in options.packages]
@@ -180,10 +202,21 @@ def _plan(options: argparse.Namespace) -> _Plan:
     if options.baseline and runs < FEWEST_ROUNDS:
         raise RequestError(f"--runs {runs}: a comparison needs at least {FEWEST_ROUNDS}")
     for contender in contenders + baselines:
+        check_runs_here(contender.placement.package, device=options.device)
         _refuse_beyond_context(contender, workloads, options.predict)
+    _refuse_limits_without_figures(limits, options)
+    report = read_report(options.baseline) if options.baseline and not baseline else None
+    if report:
+        cases = [
+            (contender.name, (contender.placement.threads, load.batch, load.prompt_tokens, load.new_tokens))
+            for contender in contenders
+            for load in workloads
+            if load.prompt_tokens is not None
+        ]
+        check_report(report, options.baseline, cases, other_machine=options.other_machine)
     if options.plot:
         check_plot_file(options.plot)
-    return _Plan(contenders, baselines, workloads, limits, runs)
+    return _Plan(contenders, baselines, workloads, limits, report, runs)
 
 
 def _workloads(options: argparse.Namespace) -> list[Workload]:
@@ -210,14 +243,13 @@ def _read_prompts(path: Path) -> tuple[str, ...]:
 
 
 def _baseline_package(path: Path | None) -> Package | None:
-    """The package to run beside; None for none, or for a report, which is read to see that it is one."""
+    """The package to run beside; None for none, or for a report."""
     if path is None:
         return None
     if path.is_dir() or path.name == MANIFEST:
         return open_package(path)
     if not path.exists():
         raise PackageError(f"--baseline {path}: no such package or report")
-    read_report(path)
     return None
 
 
@@ -228,6 +260,14 @@ def _names(packages: Sequence[Package]) -> list[str]:
     if len(set(names)) < len(names):
         raise RequestError("a package is named twice; to compare one with itself, name it as --baseline too")
     return names
+
+
+def _refuse_limits_without_figures(limits: Sequence[Limit], options: argparse.Namespace) -> None:
+    for limit in limits:
+        if limit.needs_decode_steps and min(options.new_tokens) < 2:
+            raise RequestError(f"--slo {limit.name}: needs --new-tokens of 2 or more")
+        if limit.needs_timed_loads and not options.load_runs:
+            raise RequestError(f"--slo {limit.name}: needs --load-runs of 1 or more")
 
 
 def _refuse_beyond_context(contender: Contender, workloads: Sequence[Workload], lengths: Sequence[int]) -> None:
@@ -255,15 +295,11 @@ def _predictions(plan: _Plan, measured: Measured, options: argparse.Namespace) -
 
 
 def _comparisons(
-    rows: Sequence[Row], baseline_rows: Sequence[Row], measured: Measured, options: argparse.Namespace
+    plan: _Plan, rows: Sequence[Row], baseline_rows: Sequence[Row], measured: Measured, options: argparse.Namespace
 ) -> list[Comparison]:
-    if options.baseline is None:
-        return []
-    if baseline_rows:
-        return compare_packages(rows, baseline_rows, tolerance=options.tolerance)
-    return compare_with_report(
-        rows, measured.receipt, options.baseline, other_machine=options.other_machine, tolerance=options.tolerance
-    )
+    if plan.report:
+        return compare_with_report(rows, measured.receipt, plan.report, tolerance=options.tolerance)
+    return compare_packages(rows, baseline_rows, tolerance=options.tolerance)
 
 
 def _write_files(rows: Sequence[Row], measured: Measured, plan: _Plan, options: argparse.Namespace) -> None:
@@ -315,24 +351,3 @@ class _ProgressLine:
     def __exit__(self, *_error: object) -> None:
         if self._on:
             print("\r\033[K", end="", file=sys.stderr, flush=True)
-
-
-def _at_least(lowest: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = -1
-        if value < lowest:
-            raise argparse.ArgumentTypeError(f"{text!r} is no whole number from {lowest} up")
-        return value
-
-    return parse
-
-
-_size, _count = _at_least(1), _at_least(0)
-
-
-def _sizes(text: str) -> list[int]:
-    """`1,8` -> [1, 8], without repetitions."""
-    return list(dict.fromkeys(map(_size, text.split(","))))

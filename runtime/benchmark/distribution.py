@@ -64,21 +64,30 @@ def relative_spread(values: Sequence[float]) -> float:
     return float((high - low) / middle)
 
 
-def ratio_of_rounds(values: Sequence[float], baseline: Sequence[float], *, confidence: float) -> Interval:
+def ratio_of_rounds(
+    values: Sequence[float], baseline: Sequence[float], loads: Sequence[int], *, confidence: float
+) -> Interval:
     """How many times the baseline's, where both were measured in the same rounds, one after the other.
 
-    exp of the middle half's mean of the rounds' log ratios: what drifts from round to round cancels in each ratio, and
-    an outlier on either side does not count. The interval is a bootstrap over rounds.
+    Each load counts once, by the median of its rounds' log ratios: rounds of one load agree with each other more than
+    with those of the next. Loads of odd and of even number, in which the two were loaded in opposite order, weigh the
+    same, so that what the order does cancels. The interval is a bootstrap over loads, odd and even apart.
 
     Args:
         values, baseline: [rounds] each, above 0.
+        loads: [rounds], the number of the load that a round ran behind; odd and even ones.
         confidence: 0 to 1, of the interval.
     Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 13 (percentile intervals).
     """
     logs = np.log(np.asarray(values, np.float64)) - np.log(np.asarray(baseline, np.float64))
+    numbers = np.asarray(loads)
     rng = np.random.default_rng(SEED)
-    draws = _middle_mean(logs[rng.integers(0, len(logs), (RESAMPLES, len(logs)))])
-    return _interval(float(_middle_mean(logs)), draws, confidence)
+    means, draws = [], []
+    for parity in (0, 1):
+        of_loads = np.array([np.median(logs[numbers == load]) for load in np.unique(numbers) if load % 2 == parity])
+        means.append(of_loads.mean())
+        draws.append(of_loads[rng.integers(0, len(of_loads), (RESAMPLES, len(of_loads)))].mean(axis=1))
+    return _interval(float(np.mean(means)), np.mean(draws, axis=0), confidence)
 
 
 def ratio_of_medians(values: Sequence[float], baseline: Sequence[float], *, confidence: float) -> Interval:
@@ -87,14 +96,6 @@ def ratio_of_medians(values: Sequence[float], baseline: Sequence[float], *, conf
     rng = np.random.default_rng(SEED)
     draws = [np.median(each[rng.integers(0, len(each), (RESAMPLES, len(each)))], axis=1) for each in (logs, base)]
     return _interval(float(np.median(logs) - np.median(base)), draws[0] - draws[1], confidence)
-
-
-def _middle_mean(values: Float64Array) -> Float64Array:
-    """Mean of the middle half along the last axis."""
-    ordered = np.sort(values, axis=-1)
-    cut = ordered.shape[-1] // 4
-    result: Float64Array = ordered[..., cut : ordered.shape[-1] - cut].mean(axis=-1)
-    return result
 
 
 def _interval(log_value: float, log_draws: Float64Array, confidence: float) -> Interval:

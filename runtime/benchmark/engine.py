@@ -55,6 +55,7 @@ class EngineRun:
 
     times: RunTimes
     peak_rss_bytes: int | None
+    load: int = 0  # which of the loads it ran behind
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,10 +79,6 @@ class Engine:
         self.placement = placement
         self._process = _Process[Any](_serve, placement)
         self.loaded: Loaded = self._process.receive()
-
-    @property
-    def pid(self) -> int:
-        return self._process.pid
 
     def run(self, workload: Workload, number: int) -> EngineRun:
         """Run a workload once; errors as `timing.time_run`."""
@@ -120,11 +117,6 @@ class _Process(Generic[Result]):
         self._process = context.Process(target=_report_errors, args=(target, theirs, *arguments), daemon=True)
         self._process.start()
         theirs.close()
-
-    @property
-    def pid(self) -> int:
-        assert self._process.pid is not None, "it was started"
-        return self._process.pid
 
     def send(self, message: object) -> None:
         with suppress(BrokenPipeError):  # it died: receive tells how

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,15 +53,15 @@ class Noise:
 
 
 class NoiseMeter:
-    """Counts processor time from its making to `read`."""
+    """Counts processor time from its making to `read`, our own and that of the children that have ended by then."""
 
     def __init__(self) -> None:
         self._load = _load_average()
-        self._before = _processor_ticks()
+        self._before, self._own_before = _processor_ticks(), _own_ticks()
 
-    def read(self, own_pids: Iterable[int]) -> Noise:
-        """What ran since, besides these processes, which must have been started since and still be there."""
-        after, own = _processor_ticks(), sum(map(_process_ticks, own_pids))
+    def read(self) -> Noise:
+        """What ran meanwhile besides us."""
+        after, own = _processor_ticks(), _own_ticks() - self._own_before
         others = stolen = None
         if self._before and after and after.total > self._before.total:
             total = after.total - self._before.total
@@ -123,14 +122,10 @@ def _processor_ticks() -> _Ticks | None:
     return _Ticks(total=busy + idle + waiting + stolen, busy=busy, stolen=stolen)
 
 
-def _process_ticks(pid: int) -> int:
-    """Processor time of a process and of those of its children that it has waited for. Source: proc_pid_stat(5)."""
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return 0
-    fields = text.rpartition(")")[2].split()  # behind the name, which may hold spaces
-    return sum(map(int, fields[11:15]))
+def _own_ticks() -> int:
+    """Processor time of this process, and of the children that it has waited for."""
+    times = os.times()
+    return round((times.user + times.system + times.children_user + times.children_system) * TICKS_PER_S)
 
 
 def _load_average() -> float | None:

@@ -6,7 +6,7 @@ import csv
 import io
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from ..package import Manifest
 from .distribution import Distribution, relative_spread
@@ -14,6 +14,9 @@ from .engine import EngineRun, Loaded, Loads
 from .limits import bytes_per_step
 from .timing import RunTimes
 from .workload import Workload
+
+Case: TypeAlias = tuple[int, int, int, int]
+"""Threads, batch, tokens of the prompt, new tokens."""
 
 NOISY_SPREAD = 0.10
 """Middle half of the runs' medians, as a share of their median: beyond it a row is called noisy."""
@@ -49,7 +52,7 @@ class Row:
     memory_gb_per_s: float | None
     share_of_achievable: float | None
     warnings: tuple[str, ...]
-    raw: dict[str, list[Any]]  # ttft_ms, ttft_ids_ms [runs], itl_ms [runs][new tokens - 1]
+    raw: dict[str, list[Any]]  # ttft_ms, ttft_ids_ms, load [runs], itl_ms [runs][new tokens - 1]
 
     def __str__(self) -> str:
         return (
@@ -58,7 +61,7 @@ class Row:
         )
 
     @property
-    def case(self) -> tuple[int, int, int, int]:
+    def case(self) -> Case:
         """What another report must have run to be compared with."""
         return self.threads, self.batch, self.prompt_tokens, self.new_tokens
 
@@ -111,6 +114,7 @@ def row_of(
             "ttft_ms": [run.ttft_ms for run in times],
             "ttft_ids_ms": [run.ttft_ids_ms for run in times],
             "itl_ms": [list(run.itl_ms) for run in times],
+            "load": [run.load for run in runs],
         },
     )
 
@@ -187,8 +191,8 @@ def receipt_line(receipt: dict[str, Any]) -> str:
     return (
         f"{receipt['date']}, {machine['processor']}, {machine['processors']} processors, "
         f"{', '.join(receipt['providers'])}, onnxruntime {versions['onnxruntime']}, python {versions['python']}, "
-        f"{receipt['runs']} runs after {receipt['warmup']} discarded, load average "
-        f"{noise['load_average_before']:.2f} to {noise['load_average_after']:.2f}"
+        f"{receipt['runs']} runs over {receipt['loads']} loads, {receipt['warmup']} discarded behind each, load "
+        f"average {noise['load_average_before']:.2f} to {noise['load_average_after']:.2f}"
         + "".join(f", {share}" for share in shares)
     )
 

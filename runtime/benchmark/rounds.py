@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from typing import Any
 
@@ -55,17 +54,23 @@ def measure(
     workloads: Sequence[Workload],
     *,
     runs: int,
+    loads: int,
     warmup: int,
     load_runs: int,
     progress: Progress = lambda _line: None,
 ) -> Measured:
-    """Load every contender in a process of its own, and run all workloads in alternating rounds.
+    """Load every contender in a process of its own, run all workloads in alternating rounds, and load them anew.
+
+    Where a process comes to lie in memory decides over several percent of its speed for as long as it lives, and the
+    one that is loaded first is slower more often than not: so all are loaded several times, in turn the other way
+    round.
 
     Args:
         contenders, workloads: at least one each.
-        runs: rounds that count.
-        warmup: rounds before them that are discarded.
-        load_runs: warm loads of each package, behind a cold one; 0 leaves load times out.
+        runs: rounds that count, spread evenly over the loads.
+        loads: how many times; at most `runs`.
+        warmup: rounds behind each load that are discarded.
+        load_runs: warm loads of each package that are timed, behind a cold one; 0 leaves load times out.
         progress: called with a line before each step.
     Raises:
         GPT2EdgeError: a package does not load, or a workload does not fit it.
@@ -73,24 +78,28 @@ def measure(
     """
     _refuse_what_does_not_fit(contenders)
     meter, started = NoiseMeter(), datetime.now(timezone.utc)
-    loads = [_loads(contender, load_runs, progress) for contender in contenders]
+    timed_loads = [_loads(contender, load_runs, progress) for contender in contenders]
+    probes = [_probe(contenders, workloads, progress)]
     done: list[list[list[EngineRun]]] = [[[] for _ in workloads] for _ in contenders]
-    with ExitStack() as stack:
-        engines = []
-        for contender in contenders:
-            progress(f"loading {contender.name}")
-            engines.append(stack.enter_context(Engine(contender.placement)))
-        probes = [_probe(contenders, workloads, progress)]
-        for number in range(warmup + runs):
-            for place, workload in enumerate(workloads):
-                for index in range(len(engines)) if number % 2 else reversed(range(len(engines))):
-                    progress(f"round {number + 1} of {warmup + runs}: {contenders[index].name}, {workload}")
-                    run = engines[index].run(workload, number)
-                    if number >= warmup:
-                        done[index][place].append(run)
-        noise = meter.read([os.getpid(), *(engine.pid for engine in engines)])
-        probes.append(_probe(contenders, workloads, progress))
-        loaded = [engine.loaded for engine in engines]
+    for load in range(loads):
+        n_runs = len(range(load, runs, loads))
+        with ExitStack() as stack:
+            engines = {}
+            for index in _in_turn(contenders, load):
+                progress(f"load {load + 1} of {loads}: {contenders[index].name}")
+                engines[index] = stack.enter_context(Engine(contenders[index].placement))
+            for number in range(-warmup, n_runs):
+                what = f"round {number + 1} of {n_runs}" if number >= 0 else "warming up"
+                for place, workload in enumerate(workloads):
+                    for index in _in_turn(contenders, number):
+                        progress(f"load {load + 1} of {loads}, {what}: {contenders[index].name}, {workload}")
+                        runs_of_this = done[index][place]
+                        run = engines[index].run(workload, len(runs_of_this))
+                        if number >= 0:
+                            runs_of_this.append(replace(run, load=load))
+    probes.append(_probe(contenders, workloads, progress))
+    noise = meter.read()
+    loaded = [engines[index].loaded for index in range(len(contenders))]
     rows = [
         [
             row_of(
@@ -100,7 +109,7 @@ def measure(
                 manifest=contender.placement.package.manifest,
                 threads=contender.placement.threads,
                 loaded=loaded[index],
-                loads=loads[index],
+                loads=timed_loads[index],
                 memory_gb_per_s=max(probe.memory_gb_per_s[_working_set(contender, workload)] for probe in probes),
             )
             for place, workload in enumerate(workloads)
@@ -118,12 +127,19 @@ def measure(
             "numpy": np.__version__,
         },
         "runs": runs,
+        "loads": loads,
         "warmup": warmup,
         "multiply_gflops": max(probe.multiply_gflops for probe in probes),
         "noise": asdict(noise),
         "warnings": _warnings(noise, *probes),
     }
     return Measured(rows, done, receipt)
+
+
+def _in_turn(contenders: Sequence[Contender], number: int) -> Sequence[int]:
+    """Their numbers, every other time from the last to the first."""
+    forward = range(len(contenders))
+    return forward[::-1] if number % 2 else forward
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,8 +35,10 @@ memory_gb_per_s        what this machine reads of so much memory with as many th
 share_of_achievable    bytes_per_step / median itl_ms / memory_gb_per_s: 1 is the limit of plain decoding
 prediction   median itl_ms = base + per_cached_token x tokens in the cache, all prompts + per_prompt x batch, fitted to
              every gap; the range is a 95% bootstrap over runs, widened by how far the fit misses its own cases
-comparison   ratio of medians over rounds that alternate; different: its bootstrap confidence interval is beyond the
-             tolerance on one side. With several rows and figures the confidence of each is raised (Bonferroni)
+comparison   ratio of the runs' median gaps, and of ttft_ids_ms. Beside a package: by rounds that alternate, behind
+             several loads of both; with a report: of medians, normalised by memory_gb_per_s and by multiply_gflops.
+             Slower or faster: the bootstrap confidence interval is beyond the tolerance. With several rows and figures
+             the confidence of each is raised (Bonferroni)
 """
 
 
