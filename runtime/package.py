@@ -31,6 +31,11 @@ Attention = Literal["GroupQueryAttention", "plain"]
 """What a graph does with the keys and values it is given. GroupQueryAttention writes the new ones into the same buffer,
 behind those that are there; plain attention returns them all in a longer tensor of its own."""
 
+CacheType = Literal["float32", "int8"]
+"""How keys and values are stored. int8 takes a quarter of the memory; its scales, one for each channel, stand in the
+graph, which quantizes what it writes and dequantizes what it reads."""
+CACHE_ITEM_BYTES: Mapping[CacheType, int] = {"float32": 4, "int8": 1}
+
 MANIFEST = "manifest.json"
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
@@ -52,12 +57,12 @@ CACHE_KINDS = ("key", "value")
 
 
 def past_name(layer: int, kind: str) -> str:
-    """[B, H, P, D] float32, or [B, H, M, D] with M > P for a buffer that the graph writes in place."""
+    """[B, H, P, D] of the package's `CacheType`, or [B, H, M, D] with M > P for a buffer that the graph writes in place."""
     return f"past_key_values.{layer}.{kind}"
 
 
 def present_name(layer: int, kind: str) -> str:
-    """[B, H, P + S, D] float32, or the same buffer as the past: see `Attention`."""
+    """[B, H, P + S, D] of the same type, or the same buffer as the past: see `Attention`."""
     return f"present.{layer}.{kind}"
 
 
@@ -114,6 +119,7 @@ class Manifest:
     precision: Precision
     device: Device
     attention: Attention
+    kv_cache: CacheType
     opset: int
     decode_weight_bytes: int
     needs: Needs
@@ -122,6 +128,11 @@ class Manifest:
     files: Mapping[str, FileEntry]
     quality: Mapping[str, float] = field(default_factory=dict)
     golden: tuple[GoldenPrompt, ...] = ()
+
+    @property
+    def cache_bytes_per_token(self) -> int:
+        """Bytes of keys and values that one token occupies in the cache, all layers."""
+        return self.config.cache_items_per_token * CACHE_ITEM_BYTES[self.kv_cache]
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,6 +239,8 @@ def _manifest_from_values(values: dict[str, Any]) -> Manifest:
         raise ValueError(f"device {values['device']!r}, expected one of {', '.join(get_args(Device))}")
     if values["attention"] not in get_args(Attention):
         raise ValueError(f"attention {values['attention']!r}, expected one of {', '.join(get_args(Attention))}")
+    if values["kv_cache"] not in CACHE_ITEM_BYTES:
+        raise ValueError(f"kv_cache {values['kv_cache']!r}, expected one of {', '.join(CACHE_ITEM_BYTES)}")
     if type(values["decode_weight_bytes"]) is not int or values["decode_weight_bytes"] < 1:
         raise ValueError(f"decode_weight_bytes {values['decode_weight_bytes']!r}, expected a whole number above 0")
     config, needs = GPT2Config.from_dict(values["config"]), values["needs"]
