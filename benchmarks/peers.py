@@ -1,10 +1,12 @@
 """Beside what a user would pick instead: the same checkpoint, the same prompt ids, greedy, rounds that alternate.
 
-    scripts/bench peers CHECKPOINT [--work DIR] [--rounds 5] [--prompt-tokens 128] [--new-tokens 32]
+    scripts/bench peers CHECKPOINT [--engines NAME,..] [--rounds 5] [--prompt-tokens 128,900] [--batch 1,8]
+                                   [--new-tokens 32] [--threads 2] [--runs 1] [--note TEXT] [--work DIR] [--json]
+    scripts/bench peers --readme      rewrites the README's section from the files in benchmarks/results
 
-Each round starts every engine in a process of its own, one after the other: load, one warm-up, three runs, medians.
-What is claimed is the ratio of the medians over the rounds: the machine may be shared, and its speed drifts. The first
-call installs the peers (llama.cpp is compiled, about ten minutes) and converts the checkpoint for each.
+Writes benchmarks/results/<date>-peers-<checkpoint>.json after each round, and the same as a page (.md). The first call
+installs the peers (llama.cpp is compiled, about ten minutes) and converts the checkpoint for each; --prepare does that
+alone. How it is measured: METHOD in benchmarks/comparison/report.py.
 """
 
 from __future__ import annotations
@@ -13,181 +15,241 @@ import argparse
 import json
 import os
 import platform
-import statistics
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent
-ENGINES = HERE / "engines"
-OURS = "gpt2-edge"
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmarks/ is not installed
 
-
-@dataclass(frozen=True)
-class Peer:
-    """An engine: what it needs installed, what it makes of a checkpoint, and the script that runs it."""
-
-    name: str
-    type: str
-    script: str
-    requirements: tuple[tuple[str, ...], ...]  # one pip call each; none: this interpreter
-    prepare: Callable[[Path, Path, Path], None]  # (its python, checkpoint, model folder)
-
-
-def prepare_ours(_python: Path, checkpoint: Path, model: Path) -> None:
-    call(sys.executable, "-m", "export.convert", checkpoint, "--output", model)
-
-
-def prepare_openvino(python: Path, checkpoint: Path, model: Path) -> None:
-    cli = python.parent / "optimum-cli"
-    call(
-        cli,
-        "export",
-        "openvino",
-        "-m",
-        checkpoint,
-        "--task",
-        "text-generation-with-past",
-        "--weight-format",
-        "int8",
-        model,
-    )
-
-
-def prepare_llama_cpp(python: Path, checkpoint: Path, model: Path) -> None:
-    model.mkdir(parents=True)
-    call(python, ENGINES / "write_gguf.py", checkpoint, "Q8_0", model / "Q8_0.gguf")
-
-
-PEERS = (
-    Peer(OURS, "int8", "gpt2_edge.py", (), prepare_ours),
-    Peer(
-        "openvino-genai",
-        "int8",
-        "openvino_genai_engine.py",
-        (("optimum-intel[openvino]==2.2.0", "openvino-genai==2026.4.1.0"),),
-        prepare_openvino,
-    ),
-    Peer(
-        "llama.cpp",
-        "Q8_0",
-        "llama_cpp_engine.py",
-        (("gguf", "numpy", "safetensors", "llama-cpp-python==0.3.36"),),
-        prepare_llama_cpp,
-    ),
+from benchmarks.comparison.engines import ENGINES, ROOT, SCRIPTS, Engine, call, prepared
+from benchmarks.comparison.report import (
+    METHOD,
+    Case,
+    agreements,
+    read_results,
+    render_result,
+    render_section,
+    replace_section,
+    result_name,
+    summarise,
+    write_result,
 )
+from export.checkpoint_config import read_hf_config
+from runtime.command_line import CommandLineParser, print_json, run_command
+from runtime.config import GPT2Config
+from runtime.errors import CheckpointError, RequestError
+
+RESULTS = ROOT / "benchmarks" / "results"
+README = ROOT / "README.md"
+NEEDED_FILES = ("config.json", "model.safetensors", "vocab.json", "merges.txt")
+"""What every peer's converter reads."""
 
 
-def call(*command: str | Path, **variables: str) -> str:
-    """Run a command, its noise on our stderr; its stdout."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
-    done = subprocess.run(
-        [str(word) for word in command], check=True, stdout=subprocess.PIPE, text=True, env=environment
-    )
-    return done.stdout
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; see `--help`."""
+    return run_command(lambda: _run(_parse(argv)))
 
 
-def python_of(peer: Peer, work: Path) -> Path:
-    """The interpreter that has the engine, installed now if it is not."""
-    if not peer.requirements:
-        return Path(sys.executable)
-    folder = work / "environments" / peer.name
-    python, wanted = folder / "bin" / "python", json.dumps(peer.requirements)
-    stamp = folder / "wanted"
-    if not stamp.exists() or stamp.read_text() != wanted:
-        print(f"installing {peer.name}", file=sys.stderr)
-        call(sys.executable, "-m", "venv", "--clear", folder)
-        for requirements in peer.requirements:
-            call(python, "-m", "pip", "install", "--quiet", *requirements, CMAKE_ARGS="-DGGML_NATIVE=ON")
-        stamp.write_text(wanted)
-    return python
+def _run(options: argparse.Namespace) -> int:
+    if options.readme:
+        section = render_section(read_results(RESULTS))
+        README.write_text(replace_section(README.read_text(encoding="utf-8"), section), encoding="utf-8")
+        return 0
+    checkpoint = options.checkpoint.resolve()
+    config = check(checkpoint, options)
+    engines = [ENGINES[name] for name in options.engines]
+    result = _begin(checkpoint.name, engines, options)
+    path = options.results / f"{result_name(result)}.json"
+    if path.exists() and not options.prepare:
+        raise RequestError(f"{path} exists: move it away, or name another folder with --results")
+    models = {engine.name: prepared(engine, checkpoint, options.work) for engine in engines}
+    if options.prepare:
+        return 0
+    result["load_average"] = {"start": os.getloadavg()}
+    for number in range(options.rounds):
+        result["rounds"].append(_run_round(number, engines, models, config, options))
+        for engine in engines:
+            result["engines"][engine.name]["versions"] = result["rounds"][-1][engine.name]["versions"]
+        result["load_average"]["end"] = os.getloadavg()
+        write_result(result, options.results)
+    for row in agreements(result):
+        if ENGINES[row.engine].bits == 32 and row.same < row.rows:
+            print(f"{row.engine}: {row.rows - row.same} of {row.rows} rows have other first ids", file=sys.stderr)
+    if options.json:
+        print_json({**result, "summary": summarise(result)})
+    else:
+        print(render_result(result), end="")
+    return 0
 
 
-def run_round(peers: list[tuple[Peer, Path, Path]], options: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    results = {}
-    for peer, python, model in peers:
-        sizes = ["--prompt-tokens", str(options.prompt_tokens), "--new-tokens", str(options.new_tokens)]
-        line = call(
-            python, ENGINES / peer.script, model, "--type", peer.type, "--threads", str(options.threads), *sizes
+def check(checkpoint: Path, options: argparse.Namespace) -> GPT2Config:
+    """Refuse what would fail later, in one of the engines.
+
+    Raises:
+        CheckpointError: a file is missing, or config.json is none of GPT-2.
+        RequestError: the tokens do not fit the context, or an engine has nothing to run.
+    """
+    missing = [name for name in NEEDED_FILES if not (checkpoint / name).is_file()]
+    if missing:
+        raise CheckpointError(
+            f"{checkpoint}: no {', '.join(missing)}; name a Hugging Face folder that has {', '.join(NEEDED_FILES)}"
         )
-        results[peer.name] = json.loads(line.splitlines()[-1])
-        print(f"{peer.name}: {line.splitlines()[-1]}", file=sys.stderr)
-    return results
+    _, config = read_hf_config(checkpoint / "config.json")
+    tokens = max(options.prompt_tokens) + options.new_tokens
+    if tokens > config.n_ctx:
+        raise RequestError(
+            f"a prompt of {max(options.prompt_tokens)} and {options.new_tokens} new tokens do not fit the context of "
+            f"{config.n_ctx}; ask for fewer"
+        )
+    idle = [name for name in options.engines if not cases_of(ENGINES[name], options)]
+    if idle:
+        raise RequestError(f"{', '.join(idle)}: run one row only; add 1 to --batch, or leave them out with --engines")
+    return config
 
 
-def summarise(rounds: list[dict[str, dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Medians over the rounds with their spread, and ours as a ratio to each."""
-    rows = []
-    for name in rounds[0]:
-        row: dict[str, Any] = {"engine": name, "type": rounds[0][name]["type"]}
-        for key in ("ttft_ms", "decode_ms", "load_s", "peak_rss_gb"):
-            values = [one[name][key] for one in rounds]
-            row[key] = {"median": statistics.median(values), "min": min(values), "max": max(values)}
-        rows.append(row)
-    ours = rows[0]
-    for row in rows:
-        row["ours_to_it"] = {key: ours[key]["median"] / row[key]["median"] for key in ("ttft_ms", "decode_ms")}
-    return rows
+def cases_of(engine: Engine, options: argparse.Namespace) -> list[Case]:
+    """One row with every prompt; more rows with the shortest only, for a long prompt eight times over takes minutes."""
+    cases = [Case(1, prompt_tokens) for prompt_tokens in options.prompt_tokens if 1 in options.batch]
+    if engine.software.batches:
+        cases += [Case(batch, min(options.prompt_tokens)) for batch in options.batch if batch > 1]
+    return sorted(cases)  # one row first: the peak of memory is told after each case
 
 
-def processor() -> str:
+def order_of_round(names: Sequence[str], number: int) -> list[str]:
+    """Forwards, backwards, then from the next engine on: nobody always runs behind the same one."""
+    ordered = list(names)[::-1] if number % 2 else list(names)
+    start = number // 2 % len(names)
+    return ordered[start:] + ordered[:start]
+
+
+def _run_round(
+    number: int,
+    engines: Sequence[Engine],
+    models: dict[str, tuple[Path, Path]],
+    config: GPT2Config,
+    options: argparse.Namespace,
+) -> dict[str, Any]:
+    """Every engine's report, in the order in which they ran."""
+    reports = {}
+    for place, name in enumerate(order_of_round([engine.name for engine in engines], number), start=1):
+        print(f"round {number + 1} of {options.rounds}: {name}, {place} of {len(engines)}", file=sys.stderr)
+        engine, (python, model) = ENGINES[name], models[name]
+        words = {
+            "--type": engine.type,
+            "--new-tokens": options.new_tokens,
+            "--threads": options.threads,
+            "--runs": options.runs,
+            "--n-vocab": config.n_vocab,
+        }
+        cases = [f"{case.prompt_tokens}x{case.batch}" for case in cases_of(engine, options)]
+        numbers = [str(word) for pair in words.items() for word in pair]
+        output = call(python, SCRIPTS / engine.software.script, model, *numbers, "--cases", *cases)
+        reports[name] = json.loads(output.splitlines()[-1])
+    return reports
+
+
+def _begin(checkpoint: str, engines: Sequence[Engine], options: argparse.Namespace) -> dict[str, Any]:
+    """A result without rounds: what is measured, where, how."""
+    told = ("prompt_tokens", "batch", "new_tokens", "threads", "rounds", "runs")
+    return {
+        "checkpoint": checkpoint,
+        "note": options.note,
+        "date": date.today().isoformat(),
+        "commit": _commit(),
+        "machine": {
+            "processor": _processor(),
+            "cores": len(os.sched_getaffinity(0)),
+            "memory_gb": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9,
+            "kernel": platform.release(),
+            "python": platform.python_version(),
+        },
+        "options": {name: getattr(options, name) for name in told},
+        "method": METHOD,
+        "engines": {
+            engine.name: {
+                "software": engine.software.name,
+                "type": engine.type,
+                "bits": engine.bits,
+                "batches": engine.software.batches,
+            }
+            for engine in engines
+        },
+        "rounds": [],
+    }
+
+
+def _processor() -> str:
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
-        return platform.processor()
+        lines = []
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path, help="Hugging Face folder with safetensors, vocab.json and merges.txt")
-    parser.add_argument("--work", type=Path, default=ROOT / "build" / "peers", help="environments and models; kept")
-    parser.add_argument("--engines", nargs="+", default=[peer.name for peer in PEERS], choices=[p.name for p in PEERS])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--prompt-tokens", type=int, default=128)
-    parser.add_argument("--new-tokens", type=int, default=32)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", action="store_true")
-    options = parser.parse_args()
-    peers = []
-    for peer in PEERS:
-        if peer.name in {OURS, *options.engines}:
-            python = python_of(peer, options.work)
-            model = options.work / "models" / options.checkpoint.resolve().name / f"{peer.name}-{peer.type}"
-            if not model.exists():
-                peer.prepare(python, options.checkpoint.resolve(), model)
-            peers.append((peer, python, model))
-    rows = summarise([run_round(peers, options) for _ in range(options.rounds)])
-    receipt = {
-        "date": date.today().isoformat(),
-        "checkpoint": options.checkpoint.name,
-        "processor": processor(),
-        "threads": options.threads,
-        "prompt_tokens": options.prompt_tokens,
-        "new_tokens": options.new_tokens,
-        "rounds": options.rounds,
-        "load_average": os.getloadavg(),
-    }
-    if options.json:
-        print(json.dumps({**receipt, "rows": rows}))
-        return
-    print(", ".join(f"{name} {value}" for name, value in receipt.items()))
-    print("| engine | first token ms | decode ms/token | load s | peak RSS GB | ours: first token | ours: decode |")
-    print("|---|---|---|---|---|---|---|")
-    for row in rows:
-        cells = [
-            f"{row[k]['median']:.{n}f} ({row[k]['min']:.{n}f}-{row[k]['max']:.{n}f})"
-            for k, n in (("ttft_ms", 0), ("decode_ms", 1))
-        ]
-        cells += [f"{row['load_s']['median']:.1f}", f"{row['peak_rss_gb']['median']:.2f}"]
-        cells += [f"{row['ours_to_it'][key]:.2f}" for key in ("ttft_ms", "decode_ms")]
-        print(f"| {row['engine']} {row['type']} | " + " | ".join(cells) + " |")
+def _commit() -> str:
+    """Of this checkout, and whether files differ from it."""
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    done = subprocess.run(git, check=False, capture_output=True, text=True)
+    return done.stdout.strip() or "no git checkout"
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = CommandLineParser(
+        prog="scripts/bench peers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("checkpoint", type=Path, nargs="?", help=f"a folder that has {', '.join(NEEDED_FILES)}")
+    parser.add_argument("--readme", action="store_true", help="measure nothing; rewrite the README's section")
+    parser.add_argument("--prepare", action="store_true", help="measure nothing; install and convert what is missing")
+    parser.add_argument("--engines", type=_engine_names, default=list(ENGINES), metavar="NAME,..", help="default: all")
+    parser.add_argument("--prompt-tokens", type=_numbers, default=[128, 900], metavar="N,..", help="default: 128,900")
+    parser.add_argument(
+        "--batch",
+        type=_numbers,
+        default=[1, 8],
+        metavar="N,..",
+        help="prompts at once: several with the shortest prompt only, by the engines that take several; default: 1,8",
+    )
+    parser.add_argument("--new-tokens", type=_at_least(2), default=32, metavar="N", help="default: 32")
+    parser.add_argument("--threads", type=_at_least(1), default=2, metavar="N", help="default: 2")
+    parser.add_argument("--rounds", type=_at_least(1), default=5, metavar="N", help="default: 5")
+    parser.add_argument("--runs", type=_at_least(1), default=1, metavar="N", help="measured runs of a case, each round")
+    parser.add_argument(
+        "--work", type=Path, default=ROOT / "build" / "peers", metavar="DIR", help="environments and models; kept"
+    )
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="default: benchmarks/results")
+    parser.add_argument(
+        "--note", default="", metavar="TEXT", help="told beside the checkpoint, such as: random weights"
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout, nothing else")
+    options = parser.parse_args(argv)
+    if options.readme == (options.checkpoint is not None):
+        parser.error("name either a checkpoint or --readme")
+    return options
+
+
+def _engine_names(text: str) -> list[str]:
+    names = list(dict.fromkeys(text.split(",")))
+    unknown = [name for name in names if name not in ENGINES]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"no engine {', '.join(unknown)}, expected some of {', '.join(ENGINES)}")
+    return names
+
+
+def _at_least(least: int) -> Callable[[str], int]:
+    def whole_number(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r}, expected a whole number, {least} or more")
+        return int(text)
+
+    return whole_number
+
+
+def _numbers(text: str) -> list[int]:
+    return sorted({_at_least(1)(number) for number in text.split(",")})
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -50,6 +50,7 @@ from .onnx_builder import WeightsFile
 from .products import Tensors
 from .publish import refuse_to_replace, staged
 from .resolve import FoundCheckpoint, find_checkpoint
+from .step_weights import decode_weight_bytes
 from .tokenizer_files import build_tokenizer, write_tokenizer
 from .verification import PROMPTS, Verification, check, verify_decoder
 
@@ -93,7 +94,10 @@ class Conversion:
 
 @dataclass(frozen=True, slots=True)
 class _WrittenModel:
+    """What is known of graph and weights once they are on disk; nothing needs to be read again."""
+
     weights: FileEntry
+    decode_weight_bytes: int
     fingerprint: str  # of the source
     recipe: Mapping[str, str]
 
@@ -170,17 +174,18 @@ def _write_model(
     model_path, config = staging / MODEL_FILES[precision], graph.checkpoint.config
     model_path.parent.mkdir()
     tensors = FingerprintedTensors(graph.tensors, lambda done: progress("weights", done, config.parameter_count))
+    recipe = {"weights": RECIPES[precision]}
     if precision == "fp32":
-        entry, recipe = _write_graph(model_path, graph, tensors, precision), {"weights": RECIPES[precision]}
+        written = _write_graph(model_path, graph, tensors, precision)
     else:
         ids = _own_text(staging, graph, tensors, progress) if text is None else text
         quantized = calibrate(
             config, tensors, ids, precision, lambda done: progress("calibration", done, config.parameter_count)
         )
-        entry = _write_graph(model_path, graph, quantized, precision)
-        source = "the model's own text" if text is None else "the user's text"
-        recipe = {"weights": RECIPES[precision], "calibration": f"calibrated on {ids.size:,} tokens of {source}"}
-    return _WrittenModel(entry, tensors.fingerprint(), recipe)
+        written = _write_graph(model_path, graph, quantized, precision)
+        writer = "the model" if text is None else "the user"
+        recipe["calibration"] = f"calibrated on {ids.size:,} tokens of a text of {writer}'s own"
+    return _WrittenModel(*written, tensors.fingerprint(), recipe)
 
 
 def _own_text(staging: Path, graph: GraphSource, tensors: Tensors, progress: Progress) -> Ids:
@@ -193,14 +198,14 @@ def _own_text(staging: Path, graph: GraphSource, tensors: Tensors, progress: Pro
         return own_text(decoder, lambda done, total: progress("text", done, total))
 
 
-def _write_graph(model_path: Path, graph: GraphSource, tensors: Tensors, precision: Precision) -> FileEntry:
-    """Write graph and weights, each tensor as it is looked up; the weights file's entry."""
+def _write_graph(model_path: Path, graph: GraphSource, tensors: Tensors, precision: Precision) -> tuple[FileEntry, int]:
+    """Write graph and weights, each tensor as it is looked up; the weights file's entry, what a decode step reads."""
     location = model_path.name + WEIGHTS_SUFFIX
     with (model_path.parent / location).open("wb") as file:
         weights = WeightsFile(file, location)
         model = graph.write_graph(graph.checkpoint.config, tensors, precision, weights)
     model_path.write_bytes(model.SerializeToString(deterministic=True))
-    return weights.entry()
+    return weights.entry(), decode_weight_bytes(model)
 
 
 def _needs(precision: Precision) -> Needs:
@@ -218,6 +223,7 @@ def _describe(
         device="cpu",
         attention=graph.attention,
         opset=graph.opset,
+        decode_weight_bytes=written.decode_weight_bytes,
         needs=_needs(precision),
         source=source,
         recipe=written.recipe,

@@ -68,6 +68,7 @@ def _describe(manifest: Manifest) -> dict[str, Any]:
         "format_version": FORMAT_VERSION,
         "bytes": sum(sizes.values()),
         "weights_bytes": sum(size for name, size in sizes.items() if name.endswith(WEIGHTS_SUFFIX)),
+        "decode_weight_bytes": manifest.decode_weight_bytes,
         **describe_config(manifest.config),
         "needs": {"onnxruntime": needs.onnxruntime, "processor_with_one_of": needs.processor},
         "machine": {

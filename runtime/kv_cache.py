@@ -68,12 +68,12 @@ class KVCache:
             layer, kind = divmod(index, len(CACHE_KINDS))
             yield past_name(layer, CACHE_KINDS[kind]), present_name(layer, CACHE_KINDS[kind]), buffer[rows]
 
-    def repeat_row(self, row: int) -> None:
-        """Copy one row's keys, values and length into all others."""
-        length = int(self.lengths[row])
+    def repeat_row(self, rows: slice) -> None:
+        """Copy the keys, values and length of the first of these rows into the others."""
+        length = int(self.lengths[rows.start])
         for buffer in self._buffers:
-            buffer[:, :, :length] = buffer[row : row + 1, :, :length]
-        self.lengths[:] = length
+            buffer[rows, :, :length] = buffer[rows.start, :, :length]
+        self.lengths[rows] = length
 
     def _allocate(self, capacity: int) -> list[NDArray[np.float32]]:
         """All buffers in one piece: the system refuses one request beyond its memory, but grants many small ones."""

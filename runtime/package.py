@@ -108,13 +108,18 @@ class GoldenPrompt:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """manifest.json. `files` holds every other file by its path in the folder, with forward slashes."""
+    """manifest.json. `files` holds every other file by its path in the folder, with forward slashes.
+
+    `decode_weight_bytes` is what a decode step reads of the weights, however many rows it has: the least traffic of a
+    token, from which the share of the memory's speed that a device reaches can be told.
+    """
 
     config: GPT2Config
     precision: Precision
     device: Device
     attention: Attention
     opset: int
+    decode_weight_bytes: int
     needs: Needs
     source: Source
     recipe: Mapping[str, str]  # how the weights were quantized, in words
@@ -228,6 +233,8 @@ def _manifest_from_values(values: dict[str, Any]) -> Manifest:
         raise ValueError(f"device {values['device']!r}, expected one of {', '.join(get_args(Device))}")
     if values["attention"] not in get_args(Attention):
         raise ValueError(f"attention {values['attention']!r}, expected one of {', '.join(get_args(Attention))}")
+    if type(values["decode_weight_bytes"]) is not int or values["decode_weight_bytes"] < 1:
+        raise ValueError(f"decode_weight_bytes {values['decode_weight_bytes']!r}, expected a whole number above 0")
     config, needs = GPT2Config.from_dict(values["config"]), values["needs"]
     return Manifest(
         **{

@@ -61,11 +61,10 @@ def open_session(
         raise DeviceError(
             f"device {device!r} is not supported by this version, expected cpu; convert for the cpu, and load it there"
         )
-    if threads is not None and (type(threads) is not int or not 1 <= threads <= MAX_THREADS):
-        raise RequestError(f"threads is {threads!r}, expected a whole number from 1 to {MAX_THREADS}")
+    n_threads = checked_threads(threads)
     ort = load_onnxruntime()
     options = ort.SessionOptions()
-    options.intra_op_num_threads = threads or available_processors()
+    options.intra_op_num_threads = n_threads
     options.inter_op_num_threads = 1
     options.log_severity_level = FATAL_ONLY
     provider = PROVIDERS[device]
@@ -79,6 +78,19 @@ def open_session(
     if session.get_providers() != [provider]:
         raise DeviceError(f"asked onnxruntime for {provider} alone, it runs {session.get_providers()}")
     return session
+
+
+def checked_threads(threads: int | None) -> int:
+    """A number of worker threads; None takes `available_processors()`.
+
+    Raises:
+        RequestError: it is not 1 to MAX_THREADS.
+    """
+    if threads is None:
+        return available_processors()
+    if type(threads) is not int or not 1 <= threads <= MAX_THREADS:
+        raise RequestError(f"threads is {threads!r}, expected a whole number from 1 to {MAX_THREADS}")
+    return threads
 
 
 def check_needs(needs: Needs, *, device: Device) -> None:

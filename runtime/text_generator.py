@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -24,6 +24,10 @@ DEFAULT_NEW_TOKENS = 128
 
 Prompt: TypeAlias = "str | Sequence[int] | NDArray[np.int64]"
 """Text, or token ids. Empty means unconditional: the model starts from its end-of-text token."""
+
+LogitsProcessor: TypeAlias = "Callable[[Sequence[int], NDArray[np.float32]], NDArray[np.float32]]"
+"""Called before each choice with the row's ids so far, prompt included, and the logits [V], which it may change in
+place; returns the logits to choose from."""
 
 FinishReason = Literal["stop", "length"]
 """stop: the model ended the text. length: max_new_tokens were written."""
@@ -65,11 +69,19 @@ class Generation:
 
 @dataclass(frozen=True, slots=True)
 class _Request:
-    prompt_ids: NDArray[np.int64]  # [T], T >= 1
+    """Rows that run together: `samples` of each prompt, one prompt's behind the other's."""
+
+    prompts: tuple[NDArray[np.int64], ...]  # [T] each, T >= 1
+    samples: int
     max_new_tokens: int
+    min_new_tokens: int
     sampling: SamplingOptions
     seed: int
-    samples: int
+    logits_processor: LogitsProcessor | None
+
+    @property
+    def n_rows(self) -> int:
+        return len(self.prompts) * self.samples
 
 
 class TextGenerator:
@@ -109,23 +121,34 @@ class TextGenerator:
         prompt: Prompt = "",
         *,
         max_new_tokens: int | None = None,
+        min_new_tokens: int = 0,
         sampling: SamplingOptions | None = None,
         num_return_sequences: int = 1,
+        logits_processor: LogitsProcessor | None = None,
     ) -> Generation:
         """Continue a prompt.
 
         Args:
             prompt: text or token ids; empty for text out of nothing.
             max_new_tokens: the most that is written; None takes 128, or what the context has room for.
+            min_new_tokens: the end-of-text token is not chosen before this many.
             sampling: how tokens are chosen; None takes the package's own defaults (`default_sampling`).
             num_return_sequences: independent samples of the same prompt.
+            logits_processor: sees, and may change, what each token is chosen from.
         Raises:
             RequestError: prompt and new tokens do not fit the context, or a value is out of range.
             TokenizerError: the prompt is no text.
             MachineError: memory ran out, or the device computes nonsense.
         """
         started = time.perf_counter()
-        request = self._request(prompt, max_new_tokens, sampling, num_return_sequences)
+        request = self._request(
+            [prompt],
+            samples=num_return_sequences,
+            max_new_tokens=max_new_tokens,
+            min_new_tokens=min_new_tokens,
+            sampling=sampling,
+            logits_processor=logits_processor,
+        )
         ids: dict[int, list[int]] = defaultdict(list)
         ended_at: dict[int, float] = {}
         first_at = started
@@ -139,16 +162,54 @@ class TextGenerator:
             self._sample(request, own, (first_at - started) * 1e3, ended_at[sample] - first_at)
             for sample, own in ids.items()
         ]
-        return Generation(tuple(request.prompt_ids.tolist()), request.seed, tuple(samples))
+        return Generation(tuple(request.prompts[0].tolist()), request.seed, tuple(samples))
 
     def stream(
-        self, prompt: Prompt = "", *, max_new_tokens: int | None = None, sampling: SamplingOptions | None = None
+        self,
+        prompt: Prompt = "",
+        *,
+        max_new_tokens: int | None = None,
+        min_new_tokens: int = 0,
+        sampling: SamplingOptions | None = None,
+        logits_processor: LogitsProcessor | None = None,
     ) -> Iterator[str]:
         """Continue a prompt and yield the text as soon as it is certain; arguments and errors as `generate`.
 
         A character whose bytes are spread over several tokens comes when its last byte has come.
         """
-        return self._stream(self._request(prompt, max_new_tokens, sampling, 1))
+        steps = self.steps(
+            [prompt],
+            max_new_tokens=max_new_tokens,
+            min_new_tokens=min_new_tokens,
+            sampling=sampling,
+            logits_processor=logits_processor,
+        )
+        return self._stream(steps)
+
+    def steps(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        max_new_tokens: int | None = None,
+        min_new_tokens: int = 0,
+        sampling: SamplingOptions | None = None,
+        logits_processor: LogitsProcessor | None = None,
+    ) -> Iterator[dict[int, int]]:
+        """Continue several prompts together, a token each at a time; other arguments and errors as `generate`.
+
+        Yields:
+            The ids that a step chose, by the prompt's index; a prompt is absent once its text has ended. All prompts
+            are run before the first step.
+        """
+        request = self._request(
+            prompts,
+            samples=1,
+            max_new_tokens=max_new_tokens,
+            min_new_tokens=min_new_tokens,
+            sampling=sampling,
+            logits_processor=logits_processor,
+        )
+        return self._steps(request)
 
     def score(self, ids: Sequence[int] | NDArray[np.int64]) -> NDArray[np.float64]:
         """How probable each token was to the model.
@@ -175,57 +236,88 @@ class TextGenerator:
         return scores
 
     def _request(
-        self, prompt: Prompt, max_new_tokens: int | None, sampling: SamplingOptions | None, samples: int
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        samples: int,
+        max_new_tokens: int | None,
+        min_new_tokens: int,
+        sampling: SamplingOptions | None,
+        logits_processor: LogitsProcessor | None,
     ) -> _Request:
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else _as_ids(prompt)
-        if not ids.size:
-            ids = np.array([self.config.eos_token_id], np.int64)
-        self.decoder.check_ids(ids, past=0)
-        room = self.config.n_ctx - len(ids)
+        if not len(prompts):
+            raise RequestError("no prompts, expected at least one")
+        ids = tuple(map(self._prompt_ids, prompts))
+        longest = max(map(len, ids))
+        room = self.config.n_ctx - longest
         if max_new_tokens is None:
             max_new_tokens = max(1, min(DEFAULT_NEW_TOKENS, room))
         for name, value in (("max_new_tokens", max_new_tokens), ("num_return_sequences", samples)):
             if type(value) is not int or value < 1:
                 raise RequestError(f"{name} is {value!r}, expected a whole number above 0")
+        if type(min_new_tokens) is not int or not 0 <= min_new_tokens <= max_new_tokens:
+            raise RequestError(f"min_new_tokens is {min_new_tokens!r}, expected 0 to max_new_tokens, {max_new_tokens}")
         if max_new_tokens > room:
             advice = f" or ask for at most {room}" if room else ""
             raise RequestError(
-                f"a prompt of {len(ids)} tokens and max_new_tokens {max_new_tokens} do not fit the model's context of "
+                f"a prompt of {longest} tokens and max_new_tokens {max_new_tokens} do not fit the model's context of "
                 f"{self.config.n_ctx}; shorten the prompt{advice}"
             )
         sampling = sampling or self.default_sampling
         return _Request(
-            ids, max_new_tokens, sampling, fresh_seed() if sampling.seed is None else sampling.seed, samples
+            prompts=ids,
+            samples=samples,
+            max_new_tokens=max_new_tokens,
+            min_new_tokens=min_new_tokens,
+            sampling=sampling,
+            seed=fresh_seed() if sampling.seed is None else sampling.seed,
+            logits_processor=logits_processor,
         )
 
+    def _prompt_ids(self, prompt: Prompt) -> NDArray[np.int64]:
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else _as_ids(prompt)
+        if not ids.size:
+            ids = np.array([self.config.eos_token_id], np.int64)
+        self.decoder.check_ids(ids, past=0)
+        return ids
+
     def _steps(self, request: _Request) -> Iterator[dict[int, int]]:
-        """Each step's chosen ids by sample; a sample is absent once it has ended."""
-        prompt_length, n_tokens = len(request.prompt_ids), self.tokenizer.n_vocab
-        capacity = prompt_length + request.max_new_tokens - 1  # the last token is chosen, not run
-        decoding = self.decoder.start(batch=request.samples, capacity=capacity)
-        prefilled = decoding.prefill(0, request.prompt_ids)  # [V]
-        logits = np.broadcast_to(prefilled, (request.samples, len(prefilled)))  # [B, V]
-        decoding.cache.repeat_row(0)
-        going, current = list(range(request.samples)), np.full(request.samples, self.config.eos_token_id, np.int64)
-        for position in range(prompt_length, prompt_length + request.max_new_tokens):
-            if position > prompt_length:
+        """Each step's chosen ids by row; a row is absent once it has ended."""
+        capacity = max(map(len, request.prompts)) + request.max_new_tokens - 1  # the last token is chosen, not run
+        decoding = self.decoder.start(batch=request.n_rows, capacity=capacity)
+        logits = np.empty((request.n_rows, self.config.n_vocab), np.float32)  # [B, V]
+        for index, prompt in enumerate(request.prompts):
+            rows = slice(index * request.samples, (index + 1) * request.samples)
+            logits[rows] = decoding.prefill(rows.start, prompt)
+            decoding.cache.repeat_row(rows)
+        ids = [prompt.tolist() for prompt in request.prompts for _ in range(request.samples)]
+        going, current = list(range(request.n_rows)), np.full(request.n_rows, self.config.eos_token_id, np.int64)
+        for step in range(request.max_new_tokens):
+            if step:
                 logits = decoding.decode_step(current)
-            chosen = {
-                # an embedding may have more rows than there are tokens: padding, which stands for no text
-                sample: choose_token(
-                    logits[sample, :n_tokens], request.sampling, random_uniform(request.seed, sample, position)
-                )
-                for sample in going
-            }
+            chosen = {row: self._choose(request, row, step, ids[row], logits[row]) for row in going}
             yield chosen
-            current[list(chosen)] = list(chosen.values())
-            going = [sample for sample, token_id in chosen.items() if token_id != self.config.eos_token_id]
+            for row, token_id in chosen.items():
+                ids[row].append(token_id)
+                current[row] = token_id
+            going = [row for row, token_id in chosen.items() if token_id != self.config.eos_token_id]
             if not going:
                 return
 
-    def _stream(self, request: _Request) -> Iterator[str]:
+    def _choose(self, request: _Request, row: int, step: int, ids: Sequence[int], logits: NDArray[np.float32]) -> int:
+        """A row's next id, from its logits [V], which may be changed."""
+        # an embedding may have more rows than there are tokens: padding, which stands for no text
+        logits = logits[: self.tokenizer.n_vocab]
+        if step < request.min_new_tokens:
+            logits[self.config.eos_token_id] = -np.inf
+        if request.logits_processor:
+            logits = request.logits_processor(ids, logits)
+        uniform = random_uniform(request.seed, row % request.samples, len(ids)) if request.sampling.do_sample else 0.0
+        return choose_token(logits, request.sampling, uniform)
+
+    def _stream(self, steps: Iterator[dict[int, int]]) -> Iterator[str]:
         decoder = self.tokenizer.stream()
-        for chosen in self._steps(request):
+        for chosen in steps:
             if chosen[0] == self.config.eos_token_id:
                 break
             if text := decoder.push(chosen[0]):
@@ -236,7 +328,7 @@ class TextGenerator:
     def _sample(self, request: _Request, ids: list[int], ttft_ms: float, decode_s: float) -> Sample:
         stopped = ids[-1] == self.config.eos_token_id
         stats = SampleStats(
-            prompt_tokens=len(request.prompt_ids),
+            prompt_tokens=len(request.prompts[0]),
             new_tokens=len(ids),
             ttft_ms=ttft_ms,
             decode_tokens_per_s=(len(ids) - 1) / decode_s if len(ids) > 1 else 0.0,
@@ -247,13 +339,7 @@ class TextGenerator:
 
 def open_decoder(package: Package, *, device: Device = "cpu", threads: int | None = None) -> Decoder:
     """Open a package's graph on the device that was asked for; errors as `TextGenerator.load`."""
-    made_for = package.manifest.device
-    if device != made_for:
-        raise DeviceError(
-            f"{package.folder} was made for {made_for}, asked for {device}; load it with device {made_for}, or convert "
-            f"the checkpoint for {device}"
-        )
-    check_needs(package.manifest.needs, device=device)
+    check_runs_here(package, device=device)
     manifest = package.manifest
     decoder = Decoder.open(
         package.model_path, manifest.config, attention=manifest.attention, device=device, threads=threads
@@ -261,6 +347,21 @@ def open_decoder(package: Package, *, device: Device = "cpu", threads: int | Non
     if read_manifest(package.folder) != manifest:
         raise PackageError(f"{package.folder} was replaced while it was opened; open it again")
     return decoder
+
+
+def check_runs_here(package: Package, *, device: Device) -> None:
+    """Refuse a package that was made for another device, or that needs what this machine lacks.
+
+    Raises:
+        DeviceError: with what to do instead.
+    """
+    made_for = package.manifest.device
+    if device != made_for:
+        raise DeviceError(
+            f"{package.folder} was made for {made_for}, asked for {device}; load it with device {made_for}, or convert "
+            f"the checkpoint for {device}"
+        )
+    check_needs(package.manifest.needs, device=device)
 
 
 def _as_ids(ids: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:

@@ -38,7 +38,7 @@ LAZY_ALLOWED = {
     "quantization": ALLOWED["quantization"],
     "export": ALLOWED["export"] | {"torch", "optimum"},
 }
-LAZY_IN_COMMAND_LINES = {"runtime/benchmark.py": {"matplotlib"}}  # --plot
+LAZY_IN_COMMAND_LINES = {"runtime/benchmark/plot.py": {"matplotlib"}}  # --plot
 LAZY_ONLY = {"runtime": {"tokenizers", "onnxruntime"}}
 
 NAMELESS = {"utils", "util", "helpers", "helper", "common", "base", "misc"}
@@ -60,6 +60,11 @@ class Import:
 
 def python_files(room: str) -> list[Path]:
     return sorted((ROOT / room).rglob("*.py"))
+
+
+def depth_of(path: Path) -> int:
+    """Folders between the repository and the file: how many dots lead from it to its room."""
+    return len(path.relative_to(ROOT).parents) - 1
 
 
 def every_file() -> list[object]:
@@ -108,17 +113,27 @@ def test_heavy_libraries_wait_until_they_are_needed(room: str, path: Path) -> No
 @pytest.mark.parametrize(("room", "path"), every_file())
 def test_a_room_names_its_own_modules_relatively(room: str, path: Path) -> None:
     for found in imports_of(path):
-        assert found.level <= 1, f"{path.name} climbs out of its room"
-        assert found.level == 1 or found.top != room, f"{path.name} imports {found.module} by its full name"
+        assert found.level <= depth_of(path), f"{path.name} climbs out of its room"
+        assert found.level or found.top != room, f"{path.name} imports {found.module} by its full name"
 
 
 @pytest.mark.parametrize("room", ROOMS)
 def test_no_modules_import_each_other_in_a_circle(room: str) -> None:
     graph = {
-        path.stem: {found.top for found in imports_of(path) if found.level and not found.lazy and not found.typing_only}
+        path.relative_to(ROOT).with_suffix("").as_posix(): {
+            (path.parents[found.level - 1] / found.top).relative_to(ROOT).as_posix()
+            for found in imports_of(path)
+            if found.level and not found.lazy and not found.typing_only
+        }
         for path in python_files(room)
     }
     assert set(TopologicalSorter(graph).static_order()) == set(graph)
+
+
+def test_the_runtime_knows_nothing_of_its_benchmark() -> None:
+    for path in python_files("runtime"):
+        if depth_of(path) == 1:
+            assert "benchmark" not in {found.top for found in imports_of(path)}
 
 
 def test_importing_the_runtime_loads_no_library_but_numpy() -> None:

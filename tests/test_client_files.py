@@ -102,6 +102,7 @@ def card_of(folder: Path, name: str, processor: tuple[str, ...] = ()) -> str:
         device="cpu",
         attention="GroupQueryAttention",
         opset=21,
+        decode_weight_bytes=123_456_789,
         needs=Needs(onnxruntime="1.2.3", processor=processor),
         source=Source(name=name, layout="safetensors", fingerprint="f00d"),
         tools={"gpt2-edge": "9.9"},

@@ -19,6 +19,7 @@ from export.package_size import conversion_peak_bytes, package_bytes, weights_by
 from runtime import session
 from runtime.config import OFFICIAL_SIZES
 from runtime.package import (
+    FORMAT_VERSION,
     GENERATION_CONFIG,
     MODEL_FILES,
     TOKENIZER,
@@ -63,7 +64,7 @@ def test_a_package_is_described_from_its_manifest(demo_int8: Path, capsys: Captu
         "demo",
         "int8",
         "cpu",
-        1,
+        FORMAT_VERSION,
     )
     assert (report["parameters"], report["config"]) == (6_967_296, manifest.config.to_dict())
     assert report["cache_bytes_in_full"] == 512 * report["cache_bytes_per_token"] == 512 * 2 * 6 * 256 * 4

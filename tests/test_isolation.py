@@ -62,6 +62,25 @@ def test_text_is_written_without_the_workshop(demo_int8: Path) -> None:
     assert len(sample["ids"]) == 8
 
 
+def test_latency_is_measured_without_the_workshop(demo_int8: Path) -> None:
+    arguments = (
+        str(demo_int8),
+        "--prompt-tokens",
+        "8",
+        "--new-tokens",
+        "3",
+        "--runs",
+        "1",
+        "--load-runs",
+        "0",
+        "--json",
+    )
+    result = run_without([*WORKSHOP, "matplotlib"], "runtime.benchmark", *arguments)
+    assert result.returncode == 0, result.stderr
+    (row,) = json.loads(result.stdout)["rows"]
+    assert row["itl_ms"]["n"] == 2
+
+
 def test_a_package_is_verified_without_tokenizers_too(demo_int8: Path) -> None:
     result = run_without([*WORKSHOP, "tokenizers"], "runtime.verify", str(demo_int8), "--json")
     assert result.returncode == 0, result.stderr

@@ -82,15 +82,16 @@ def test_growth_keeps_the_tokens_and_the_lengths() -> None:
     assert all((buffer[:, :, :4] == 7.0).all() for _, _, buffer in cache.bindings(slice(0, 2)))
 
 
-def test_repeat_row_gives_every_row_the_same_tokens_and_length() -> None:
-    cache = KVCache(CONFIG, batch=3, capacity=4)
-    for row in range(3):
+def test_repeat_row_gives_the_rows_behind_it_its_tokens_and_length() -> None:
+    cache = KVCache(CONFIG, batch=4, capacity=4)
+    for row in range(4):
         for _, _, buffer in cache.bindings(slice(row, row + 1)):
             buffer[...] = row
-    cache.lengths[:] = (1, 3, 2)
-    cache.repeat_row(1)
-    assert cache.lengths.tolist() == [3, 3, 3]
-    assert all((buffer[:, :, :3] == 1).all() for _, _, buffer in cache.bindings(slice(0, 3)))
+    cache.lengths[:] = (1, 3, 2, 4)
+    cache.repeat_row(slice(1, 3))
+    assert cache.lengths.tolist() == [1, 3, 3, 4]
+    for row, held in enumerate((0, 1, 1, 3)):
+        assert all((buffer[:, :, :3] == held).all() for _, _, buffer in cache.bindings(slice(row, row + 1)))
 
 
 @pytest.mark.parametrize(("batch", "capacity"), [(0, 4), (-1, 4), (1, 0), (1, CONFIG.n_ctx + 1)])

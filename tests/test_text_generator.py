@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from export.checkpoint import read_checkpoint
 from export.reference import reference_logits
@@ -386,3 +387,48 @@ def test_every_refusal_is_one_error_to_catch(fp32: TextGenerator, tmp_path: Path
     for refused in (lambda: fp32.generate("\ud800"), lambda: fp32.score([]), lambda: TextGenerator.load(tmp_path)):
         with pytest.raises(GPT2EdgeError):
             refused()
+
+
+def test_prompts_of_different_lengths_go_on_together_as_they_do_alone(fp32: TextGenerator) -> None:
+    prompts = ["Once upon a time", PROMPT, "", [5, 6, 7]]
+    steps = list(fp32.steps(prompts, max_new_tokens=12, sampling=seeded(3)))
+    for index, prompt in enumerate(prompts):
+        alone = [chosen[0] for chosen in fp32.steps([prompt], max_new_tokens=12, sampling=seeded(3))]
+        assert [chosen[index] for chosen in steps if index in chosen] == alone
+
+
+def test_no_text_ends_before_min_new_tokens(babbler: TextGenerator) -> None:
+    def lengths(min_new_tokens: int) -> list[int]:
+        sampling = SamplingOptions(seed=0, top_k=0)
+        samples = babbler.generate(
+            "a", max_new_tokens=40, min_new_tokens=min_new_tokens, sampling=sampling, num_return_sequences=100
+        ).samples
+        return [sample.stats.new_tokens for sample in samples]
+
+    assert min(lengths(0)) < 30 <= min(lengths(30))
+    assert set(lengths(40)) == {40}
+
+
+def test_a_logits_processor_sees_the_ids_so_far_and_decides(fp32: TextGenerator) -> None:
+    seen: list[list[int]] = []
+
+    def only_nine(ids: Sequence[int], logits: NDArray[np.float32]) -> NDArray[np.float32]:
+        seen.append(list(ids))
+        logits[:] = -np.inf
+        logits[9] = 0
+        return logits
+
+    result = fp32.generate([1, 2], max_new_tokens=3, sampling=seeded(0), logits_processor=only_nine)
+    assert result.samples[0].ids == (9, 9, 9)
+    assert seen == [[1, 2], [1, 2, 9], [1, 2, 9, 9]]
+
+
+@pytest.mark.parametrize("min_new_tokens", [-1, 5, 1.0])
+def test_min_new_tokens_beyond_max_new_tokens_is_refused(fp32: TextGenerator, min_new_tokens: int) -> None:
+    with pytest.raises(RequestError, match=r"min_new_tokens is .*, expected 0 to max_new_tokens, 4"):
+        fp32.generate("a", max_new_tokens=4, min_new_tokens=min_new_tokens)
+
+
+def test_no_prompts_are_refused(fp32: TextGenerator) -> None:
+    with pytest.raises(RequestError, match="no prompts, expected at least one"):
+        next(fp32.steps([]))

@@ -21,17 +21,18 @@ def main() -> None:
     decoder = open_decoder(package, threads=options.threads)
     load_s = time.perf_counter() - start
 
-    def generate(prompt: NDArray[np.int64]) -> tuple[Run, list[int]]:
+    def generate(prompts: NDArray[np.int64], new_tokens: int) -> Run:
+        batch, prompt_tokens = prompts.shape
         marks = [time.perf_counter()]
-        decoding = decoder.start(batch=1, capacity=len(prompt) + options.new_tokens)
-        ids = [int(decoding.prefill(0, prompt).argmax())]
+        decoding = decoder.start(batch=batch, capacity=prompt_tokens + new_tokens)
+        steps = [np.array([decoding.prefill(row, prompt).argmax() for row, prompt in enumerate(prompts)])]
         marks.append(time.perf_counter())
-        while len(ids) < options.new_tokens:
-            ids.append(int(decoding.decode_step(np.array(ids[-1:]))[0].argmax()))
+        while len(steps) < new_tokens:
+            steps.append(decoding.decode_step(steps[-1]).argmax(axis=-1))
             marks.append(time.perf_counter())
-        return (marks[1] - marks[0], np.diff(marks[1:]).tolist()), ids
+        return Run(marks[1] - marks[0], np.diff(marks[1:]).tolist(), np.stack(steps, axis=1).tolist())
 
-    measure_and_report("gpt2-edge", options, load_s, generate)
+    measure_and_report(options, load_s, generate, ("onnxruntime", "numpy"))
 
 
 if __name__ == "__main__":

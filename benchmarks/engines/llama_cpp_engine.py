@@ -1,4 +1,4 @@
-"""llama.cpp through llama-cpp-python: a folder with <type>.gguf, see write_gguf.py."""
+"""llama.cpp through llama-cpp-python: a folder with <type>.gguf, see write_gguf.py. One row at a time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def main() -> None:
     start = time.perf_counter()
     model = Llama(
         str(options.model / f"{options.type}.gguf"),
-        n_ctx=1024,
+        n_ctx=max(prompt_tokens for prompt_tokens, _ in options.cases) + options.new_tokens,
         n_threads=options.threads,
         n_threads_batch=options.threads,
         n_batch=512,
@@ -23,18 +23,18 @@ def main() -> None:
     )
     load_s = time.perf_counter() - start
 
-    def generate(prompt: NDArray[np.int64]) -> tuple[Run, list[int]]:
+    def generate(prompts: NDArray[np.int64], new_tokens: int) -> Run:
         model.reset()
-        current, ids, marks = prompt.tolist(), [], [time.perf_counter()]
-        while len(ids) < options.new_tokens:
+        current, ids, marks = prompts[0].tolist(), [], [time.perf_counter()]
+        while len(ids) < new_tokens:
             model.eval(current)
             logits = np.ctypeslib.as_array(model._ctx.get_logits(), shape=(model.n_vocab(),))
             current = [int(logits.argmax())]
             ids += current
             marks.append(time.perf_counter())
-        return (marks[1] - marks[0], np.diff(marks[1:]).tolist()), ids
+        return Run(marks[1] - marks[0], np.diff(marks[1:]).tolist(), [ids])
 
-    measure_and_report("llama.cpp", options, load_s, generate)
+    measure_and_report(options, load_s, generate, ("llama-cpp-python", "gguf"))
 
 
 if __name__ == "__main__":
