@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from export.checkpoint import read_checkpoint
 from export.convert import convert
 from export.tokenizer_files import build_tokenizer, write_tokenizer
-from export.verification import INT8_MAX_KL
+from export.verification import MAX_KL
 from quantization.divergence import kl_divergence
 from runtime.config import GPT2Config
 from runtime.decoder import Decoder
@@ -69,7 +69,7 @@ def main() -> int:
         "tokens": options.tokens,
         "seed": options.seed,
         "window_tokens": WINDOW_TOKENS,
-        "int8_bar_kl": INT8_MAX_KL,
+        "int8_bar_kl": MAX_KL["int8"],
         "onnxruntime": version("onnxruntime"),
     }
     if options.json:

@@ -105,6 +105,7 @@ def card_of(folder: Path, name: str, processor: tuple[str, ...] = ()) -> str:
         decode_weight_bytes=123_456_789,
         needs=Needs(onnxruntime="1.2.3", processor=processor),
         source=Source(name=name, layout="safetensors", fingerprint="f00d"),
+        recipe={"weights": "weights int8", "calibration": "calibrated on 3 tokens"},
         tools={"gpt2-edge": "9.9"},
         files={
             "onnx/model_quantized.onnx": FileEntry(500_000, ""),

@@ -21,7 +21,7 @@ import pytest
 
 from export.checkpoint import read_checkpoint
 from export.convert import convert, main
-from export.verification import INT8_MAX_KL, PROMPTS
+from export.verification import MAX_KL, PROMPTS
 from quantization.divergence import kl_divergence
 from runtime.errors import PackageError, VerificationError
 from runtime.package import Precision, open_package, read_manifest
@@ -373,7 +373,7 @@ def test_a_model_that_int8_ruins_is_not_published(
 def test_a_loss_that_is_allowed_is_published_and_told(tiny_checkpoint: Path, tmp_path: Path) -> None:
     folder = with_outliers(tmp_path / "checkpoint", tiny_checkpoint)
     manifest = convert(folder, tmp_path / "x", allow_loss=True).manifest
-    assert manifest.quality["kl"] > INT8_MAX_KL
+    assert manifest.quality["kl"] > MAX_KL["int8"]
     assert f"| {manifest.quality['kl']:.2g} |" in (tmp_path / "x" / "MODEL_CARD.md").read_text(encoding="utf-8")
     assert convert(folder, tmp_path / "y", precision="fp32").manifest.quality["kl"] < 1e-6
 
@@ -443,4 +443,4 @@ def test_a_generator_keeps_the_package_that_it_loaded(tiny_checkpoint: Path, tmp
     convert(other, package, precision="fp32", force=True)
     np.testing.assert_array_equal(np.concatenate(list(generator.decoder.logits(ids))), before)
     after = np.concatenate(list(TextGenerator.load(package).decoder.logits(ids)))
-    assert kl_divergence(before, after).mean() > INT8_MAX_KL
+    assert kl_divergence(before, after).mean() > MAX_KL["int8"]

@@ -16,8 +16,8 @@ from onnx import TensorProto
 
 from export.graph import HEAD_DIM_STEP, build_graph
 from export.onnx_builder import ALIGNMENT, WeightsFile
-from export.products import HEAD_BLOCK_SIZES
 from export.reference import reference_logits
+from quantization.recipes import TABLE_BLOCK_SIZES
 from runtime.config import GPT2Config
 from runtime.decoder import Decoder
 from runtime.errors import ConfigError
@@ -203,7 +203,7 @@ def test_fp32_stores_every_parameter_once(tmp_path: Path, tied: bool) -> None:
 def test_int8_stores_bytes_and_scales(tmp_path: Path, tied: bool, n_head: int) -> None:
     config = replace(CONFIG, n_head=n_head, n_embd=8 * n_head, tie_word_embeddings=tied)
     sizes = stored(write_model(tmp_path, config, tiny_weights(config), "int8"))
-    embd, inner, block = config.n_embd, config.n_inner, HEAD_BLOCK_SIZES[-1]
+    embd, inner, block = config.n_embd, config.n_inner, TABLE_BLOCK_SIZES["int8"][-1]
     blocks = -(-embd // block)
     tables = (1 if tied else 2) * config.n_vocab * blocks * (block + 4)
     matrices = config.n_layer * (4 * embd * embd + 2 * embd * inner)

@@ -15,7 +15,7 @@ from export import reference
 from export.checkpoint import read_checkpoint
 from export.convert import convert
 from export.reference import reference_logits
-from export.verification import INT8_MAX_KL
+from export.verification import MAX_KL
 from quantization.divergence import kl_divergence
 from runtime.config import Activation, GPT2Config
 from runtime.errors import VerificationError
@@ -123,4 +123,4 @@ def test_int8_bears_outliers_or_is_refused(plant: Plant, tmp_path: Path) -> None
     ids = np.array(generator.generate("The", max_new_tokens=255, sampling=sampling).samples[0].ids, np.int64)
     (expected,) = reference_logits(original.config, original.tensors, [ids])
     got = np.concatenate([logits.copy() for logits in generator.decoder.logits(ids)])
-    assert kl_divergence(expected, got).mean() <= INT8_MAX_KL
+    assert kl_divergence(expected, got).mean() <= MAX_KL["int8"]

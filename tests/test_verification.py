@@ -17,7 +17,7 @@ from export.reference import reference_logits
 from export.verification import (
     FP32_TOLERANCE,
     GREEDY_TOKENS,
-    INT8_MAX_KL,
+    MAX_KL,
     PROMPT_TOKENS,
     PROMPTS,
     REPLAY_FLOOR,
@@ -146,7 +146,7 @@ def test_a_model_of_zeros_is_itself(tmp_path: Path, config: GPT2Config, tokenize
     ("precision", "passes"),
     [
         ("fp32", verification(relative=FP32_TOLERANCE)),
-        ("int8", verification(kl=INT8_MAX_KL)),
+        ("int8", verification(kl=MAX_KL["int8"])),
         ("int8", verification(relative=1.0, greedy=0.5)),
     ],
 )
