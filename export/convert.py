@@ -183,8 +183,8 @@ def _write_model(
             config, tensors, ids, precision, lambda done: progress("calibration", done, config.parameter_count)
         )
         written = _write_graph(model_path, graph, quantized, precision)
-        writer = "the model" if text is None else "the user"
-        recipe["calibration"] = f"calibrated on {ids.size:,} tokens of a text of {writer}'s own"
+        source = "that the model wrote" if text is None else "of a text that was given"
+        recipe["calibration"] = f"calibrated on {ids.size:,} tokens {source}"
     return _WrittenModel(*written, tensors.fingerprint(), recipe)
 
 

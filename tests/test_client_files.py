@@ -31,7 +31,12 @@ def test_config_says_what_transformers_would(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("precision", "dtype", "file"), [("fp32", "fp32", "model.onnx"), ("int8", "q8", "model_quantized.onnx")]
+    ("precision", "dtype", "file"),
+    [
+        ("fp32", "fp32", "model.onnx"),
+        ("int8", "q8", "model_quantized.onnx"),
+        ("int4", "q4", "model_q4.onnx"),
+    ],
 )
 def test_transformers_js_finds_the_file_of_its_dtype(
     tmp_path: Path, precision: Precision, dtype: str, file: str

@@ -30,11 +30,14 @@ FP32_ERROR = 1e-5
 INT8_ERROR = 0.15
 """Between int8 logits and the oracle's, likewise. Measured: 0.069."""
 
-PADDING_ERROR: Mapping[Precision, float] = {"fp32": 2e-6, "int8": 0.05}
+INT4_ERROR = 1.5
+"""Likewise, rounded plainly. Measured: 0.84."""
+
+PADDING_ERROR: Mapping[Precision, float] = {"fp32": 2e-6, "int8": 0.05, "int4": 0.05}
 """Between a row among padding and the row alone. Measured: 5e-7 and 0; but where the float error is not 0, it may turn
 a rounding of int8. A wrong mask costs 1.4."""
 
-PRECISIONS: tuple[Precision, ...] = ("fp32", "int8")
+PRECISIONS: tuple[Precision, ...] = ("fp32", "int8", "int4")
 CONFIG = tiny_config()
 VARIANTS: Mapping[str, GPT2Config] = {
     "plain": CONFIG,
@@ -234,7 +237,7 @@ def test_the_same_weights_give_the_same_bytes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", FP32_ERROR), ("int8", INT8_ERROR)])
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", FP32_ERROR), ("int8", INT8_ERROR), ("int4", INT4_ERROR)])
 def test_equals_the_oracle(tmp_path: Path, variant: str, precision: Precision, tolerance: float) -> None:
     config = VARIANTS[variant]
     decoder = tiny_decoder(tmp_path, config, precision)

@@ -77,10 +77,7 @@ def test_inputs_bring_the_products_closer(precision: str) -> None:
         errors = []
         for hessian in (None, inputs.T @ inputs):
             result = quantize(matrix, precision, hessian)  # type: ignore[operator]
-            if isinstance(result, Int8Columns):
-                restored = result.values * result.scale
-            else:
-                restored = dequantized(result).T
+            restored = result.values * result.scale if isinstance(result, Int8Columns) else dequantized(result).T
             errors.append(np.square(inputs @ (restored - weight)).sum())
         assert errors[1] < 0.8 * errors[0]
 
