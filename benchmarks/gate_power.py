@@ -25,7 +25,7 @@ from runtime.benchmark.comparison import LOADS, TOLERANCE, Comparison, compare_p
 from runtime.benchmark.engine import Engine, Placement
 from runtime.benchmark.rounds import Contender, measure
 from runtime.benchmark.workload import Workload
-from runtime.command_line import CommandLineParser, run_command
+from runtime.command_line import CommandLineParser, run_command, whole_number
 from runtime.errors import VerificationError
 from runtime.package import Package, open_package
 from runtime.session import available_processors
@@ -86,13 +86,13 @@ def main() -> int:
     parser = CommandLineParser(prog="gate_power", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("package", type=Path, help="folder that export.convert wrote")
-    parser.add_argument("--trials", type=int, default=20, metavar="N", help="of each kind; default 20")
+    parser.add_argument("--trials", type=whole_number(1), default=20, metavar="N", help="of each kind; default 20")
     parser.add_argument("--slow-down", type=float, default=0.10, metavar="SHARE", help="of a step's time; default 0.10")
     parser.add_argument(
-        "--runs", type=int, default=3 * LOADS, metavar="N", help=f"of a comparison; default {3 * LOADS}"
+        "--runs", type=whole_number(8), default=3 * LOADS, metavar="N", help=f"of a comparison; default {3 * LOADS}"
     )
-    parser.add_argument("--prompt-tokens", type=int, default=64, metavar="N")
-    parser.add_argument("--new-tokens", type=int, default=16, metavar="N")
+    parser.add_argument("--prompt-tokens", type=whole_number(1), default=64, metavar="N")
+    parser.add_argument("--new-tokens", type=whole_number(2), default=16, metavar="N")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     return run_command(lambda: gate_power(options))

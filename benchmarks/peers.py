@@ -17,7 +17,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,8 @@ from benchmarks.comparison.report import (
     write_result,
 )
 from export.checkpoint_config import read_hf_config
-from runtime.command_line import CommandLineParser, print_json, run_command
+from runtime.benchmark.machine import processor_name
+from runtime.command_line import CommandLineParser, print_json, run_command, whole_number, whole_numbers
 from runtime.config import GPT2Config
 from runtime.errors import CheckpointError, RequestError
 
@@ -160,7 +161,7 @@ def _begin(checkpoint: str, engines: Sequence[Engine], options: argparse.Namespa
         "date": date.today().isoformat(),
         "commit": _commit(),
         "machine": {
-            "processor": _processor(),
+            "processor": processor_name(),
             "cores": len(os.sched_getaffinity(0)),
             "memory_gb": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9,
             "kernel": platform.release(),
@@ -181,14 +182,6 @@ def _begin(checkpoint: str, engines: Sequence[Engine], options: argparse.Namespa
     }
 
 
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
 def _commit() -> str:
     """Of this checkout, and whether files differ from it."""
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
@@ -204,18 +197,22 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--readme", action="store_true", help="measure nothing; rewrite the README's section")
     parser.add_argument("--prepare", action="store_true", help="measure nothing; install and convert what is missing")
     parser.add_argument("--engines", type=_engine_names, default=list(ENGINES), metavar="NAME,..", help="default: all")
-    parser.add_argument("--prompt-tokens", type=_numbers, default=[128, 900], metavar="N,..", help="default: 128,900")
+    parser.add_argument(
+        "--prompt-tokens", type=whole_numbers, default=[128, 900], metavar="N,..", help="default: 128,900"
+    )
     parser.add_argument(
         "--batch",
-        type=_numbers,
+        type=whole_numbers,
         default=[1, 8],
         metavar="N,..",
         help="prompts at once: several with the shortest prompt only, by the engines that take several; default: 1,8",
     )
-    parser.add_argument("--new-tokens", type=_at_least(2), default=32, metavar="N", help="default: 32")
-    parser.add_argument("--threads", type=_at_least(1), default=2, metavar="N", help="default: 2")
-    parser.add_argument("--rounds", type=_at_least(1), default=5, metavar="N", help="default: 5")
-    parser.add_argument("--runs", type=_at_least(1), default=1, metavar="N", help="measured runs of a case, each round")
+    parser.add_argument("--new-tokens", type=whole_number(2), default=32, metavar="N", help="default: 32")
+    parser.add_argument("--threads", type=whole_number(1), default=2, metavar="N", help="default: 2")
+    parser.add_argument("--rounds", type=whole_number(1), default=5, metavar="N", help="default: 5")
+    parser.add_argument(
+        "--runs", type=whole_number(1), default=1, metavar="N", help="measured runs of a case, each round"
+    )
     parser.add_argument(
         "--work", type=Path, default=ROOT / "build" / "peers", metavar="DIR", help="environments and models; kept"
     )
@@ -236,19 +233,6 @@ def _engine_names(text: str) -> list[str]:
     if unknown:
         raise argparse.ArgumentTypeError(f"no engine {', '.join(unknown)}, expected some of {', '.join(ENGINES)}")
     return names
-
-
-def _at_least(least: int) -> Callable[[str], int]:
-    def whole_number(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r}, expected a whole number, {least} or more")
-        return int(text)
-
-    return whole_number
-
-
-def _numbers(text: str) -> list[int]:
-    return sorted({_at_least(1)(number) for number in text.split(",")})
 
 
 if __name__ == "__main__":

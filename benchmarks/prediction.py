@@ -19,7 +19,7 @@ from runtime.benchmark.limits import StepModel
 from runtime.benchmark.report import receipt_line
 from runtime.benchmark.rounds import Contender, measure
 from runtime.benchmark.workload import Workload
-from runtime.command_line import CommandLineParser, run_command
+from runtime.command_line import CommandLineParser, run_command, whole_number, whole_numbers
 from runtime.errors import VerificationError
 from runtime.package import open_package
 from runtime.session import available_processors
@@ -74,10 +74,10 @@ def main() -> int:
     parser = CommandLineParser(prog="prediction", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("package", type=Path)
-    parser.add_argument("--run", type=lambda text: [int(each) for each in text.split(",")], default=[128, 256, 512])
-    parser.add_argument("--predict", type=int, default=900)
-    parser.add_argument("--new-tokens", type=int, default=32)
-    parser.add_argument("--runs", type=int, default=6)
+    parser.add_argument("--run", type=whole_numbers, default=[128, 256, 512])
+    parser.add_argument("--predict", type=whole_number(1), default=900)
+    parser.add_argument("--new-tokens", type=whole_number(2), default=32)
+    parser.add_argument("--runs", type=whole_number(3), default=6)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     return run_command(lambda: check_prediction(options))

@@ -20,18 +20,38 @@ def log_softmax(logits: Float32Array) -> Float64Array:
 def kl_divergence(reference: Float32Array, logits: Float32Array) -> Float64Array:
     """KL(reference || model) at each position, in nats.
 
-    sum over v of p(v) (ln p(v) - ln q(v))
-
     Args:
         reference: [T, V] float32 logits of the reference, p.
         logits: [T, V] float32 logits of the model, q.
     Returns:
         [T] float64, 0 where the two agree.
+    """
+    return kl_of_log_probabilities(log_softmax(reference), log_softmax(logits))
+
+
+def kl_of_log_probabilities(reference: Float64Array, model: Float64Array) -> Float64Array:
+    """The same of natural log-probabilities [T, V] float64, for who has them already.
+
+    sum over v of p(v) (ln p(v) - ln q(v))
+
     Source: Kullback and Leibler, On Information and Sufficiency (1951).
     """
-    expected, got = log_softmax(reference), log_softmax(logits)
-    result: Float64Array = (np.exp(expected) * (expected - got)).sum(axis=-1)
+    result: Float64Array = (np.exp(reference) * (reference - model)).sum(axis=-1)
     return result
+
+
+def rank_of_first_choice(reference: Float64Array, model: Float64Array) -> NDArray[np.int64]:
+    """How many tokens the reference ranks before the model's first choice, at each position; 0 where the two agree.
+
+    Args:
+        reference: [T, V], logits or log-probabilities.
+        model: [T, V], likewise.
+    Returns:
+        [T] int64, 0 to V - 1.
+    """
+    chosen = np.take_along_axis(reference, model.argmax(axis=-1)[:, None], axis=-1)  # [T, 1]
+    rank: NDArray[np.int64] = (reference > chosen).sum(axis=-1)
+    return rank
 
 
 def top1_agreement(reference: Float32Array, logits: Float32Array) -> float:

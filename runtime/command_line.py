@@ -25,6 +25,22 @@ class CommandLineParser(argparse.ArgumentParser):
         self.exit(USAGE, f"{self.prog}: {message}; see {self.prog} --help\n")
 
 
+def whole_number(least: int) -> Callable[[str], int]:
+    """A type for argparse: a whole number, `least` or more."""
+
+    def parse(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r}, expected a whole number, {least} or more")
+        return int(text)
+
+    return parse
+
+
+def whole_numbers(text: str) -> list[int]:
+    """A type for argparse: `1,8` -> [1, 8], each 1 or more, none twice."""
+    return list(dict.fromkeys(map(whole_number(1), text.split(","))))
+
+
 def run_command(command: Callable[[], int]) -> int:
     """Run a command and turn what can go wrong into one line on stderr and an exit status.
 

@@ -38,7 +38,10 @@ LAZY_ALLOWED = {
     "quantization": ALLOWED["quantization"],
     "export": ALLOWED["export"] | {"torch", "optimum"},
 }
-LAZY_IN_COMMAND_LINES = {"runtime/benchmark/plot.py": {"matplotlib"}}  # --plot
+LAZY_IN_COMMAND_LINES = {  # --plot
+    "runtime/benchmark/plot.py": {"matplotlib"},
+    "quantization/quality_plot.py": {"matplotlib"},
+}
 LAZY_ONLY = {"runtime": {"tokenizers", "onnxruntime"}}
 
 NAMELESS = {"utils", "util", "helpers", "helper", "common", "base", "misc"}

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +143,29 @@ def test_a_report_is_a_baseline_for_the_next(tiny_int8: Path, tmp_path: Path, ca
     assert "slower" in err
 
 
+def test_ctrl_c_ends_it_and_its_processes_in_one_line(demo_int8: Path) -> None:
+    arguments = [str(demo_int8), "--prompt-tokens", "400", "--runs", "10000", "--load-runs", "0"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "runtime.benchmark", *arguments],
+        cwd=Path(__file__).parents[1],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while process.poll() is None and not children.read_text():
+        time.sleep(0.05)
+    time.sleep(1)  # somewhere in its work
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (130, "", "error: interrupted\n")
+    with pytest.raises(ProcessLookupError):  # nobody of the group is left; multiprocessing's own helper goes last
+        for _ in range(100):
+            os.killpg(process.pid, 0)
+            time.sleep(0.1)
+
+
 def test_figures_are_explained(capsys: Capture) -> None:
     status, out, _ = run(capsys, "--explain")
     assert status == 0
@@ -149,10 +177,10 @@ def test_figures_are_explained(capsys: Capture) -> None:
     ("arguments", "message"),
     [
         (["--prompt-tokens", "500"], "prompt 500, 32 new tokens, batch 1 do not fit the model's context of 512"),
-        (["--prompt-tokens", "0"], "'0' is no whole number from 1 up"),
-        (["--prompt-tokens", "8,x"], "'x' is no whole number from 1 up"),
-        (["--batch", "-1"], "'-1' is no whole number from 1 up"),
-        (["--runs", "0"], "'0' is no whole number from 1 up"),
+        (["--prompt-tokens", "0"], "'0', expected a whole number, 1 or more"),
+        (["--prompt-tokens", "8,x"], "'x', expected a whole number, 1 or more"),
+        (["--batch", "-1"], "'-1', expected a whole number, 1 or more"),
+        (["--runs", "0"], "'0', expected a whole number, 1 or more"),
         (["--threads", "1000"], "threads is 1000, expected a whole number from 1 to 256"),
         (["--device", "cuda"], "was made for cpu"),
         (["--predict", "512"], "--predict 512: demo-int8 has a context of 512 tokens"),

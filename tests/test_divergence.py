@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
-from quantization.divergence import kl_divergence, log_softmax, top1_agreement
+from quantization.divergence import kl_divergence, log_softmax, rank_of_first_choice, top1_agreement
 
 ROUNDING = 1e-11
 """Nats that float64 may lose over 20 logits of up to 1e4, which have 2e-12 themselves. Measured: 8e-16."""
@@ -69,3 +69,9 @@ def test_top1_counts_equal_first_ranks() -> None:
     reference = of_probabilities([0.6, 0.4], [0.6, 0.4], [0.1, 0.9], [0.1, 0.9])
     model = of_probabilities([0.9, 0.1], [0.4, 0.6], [0.4, 0.6], [0.2, 0.8])
     assert top1_agreement(reference, model) == 0.75
+
+
+def test_the_rank_of_a_first_choice_counts_what_the_reference_puts_before_it() -> None:
+    reference = log_softmax(of_probabilities([0.6, 0.3, 0.1], [0.6, 0.3, 0.1], [0.6, 0.3, 0.1], [0.3, 0.3, 0.4]))
+    model = log_softmax(of_probabilities([0.9, 0.05, 0.05], [0.2, 0.5, 0.3], [0.1, 0.1, 0.8], [0.6, 0.3, 0.1]))
+    assert rank_of_first_choice(reference, model).tolist() == [0, 1, 2, 1]

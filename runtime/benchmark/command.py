@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from ..command_line import CommandLineParser, print_json, run_command
+from ..command_line import CommandLineParser, print_json, run_command, whole_number, whole_numbers
 from ..errors import PackageError, RequestError, VerificationError
 from ..package import MANIFEST, Device, Package, open_package
 from ..session import available_processors, checked_threads
@@ -51,16 +51,33 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("packages", nargs="*", metavar="PACKAGE", help="folder that export.convert wrote")
-    add("--prompt-tokens", type=_sizes, default=[128], metavar="N,..", help="lengths of random prompts; default 128")
+    add(
+        "--prompt-tokens",
+        type=whole_numbers,
+        default=[128],
+        metavar="N,..",
+        help="lengths of random prompts; default 128",
+    )
     add("--prompts", type=Path, metavar="FILE", help="instead: prompts of your own, one on each line")
-    add("--new-tokens", type=_sizes, default=[32], metavar="N,..", help="tokens to write; default 32")
-    add("--batch", type=_sizes, default=[1], metavar="N,..", help="prompts that run together; default 1")
-    add("--threads", type=_sizes, metavar="N,..", help="default: the processors this process may use")
+    add("--new-tokens", type=whole_numbers, default=[32], metavar="N,..", help="tokens to write; default 32")
+    add("--batch", type=whole_numbers, default=[1], metavar="N,..", help="prompts that run together; default 1")
+    add("--threads", type=whole_numbers, metavar="N,..", help="default: the processors this process may use")
     add("--device", choices=get_args(Device), default="cpu")
-    add("--runs", type=_size, metavar="N", help=f"default {RUNS}, with a package as baseline {RUNS_OF_A_COMPARISON}")
-    add("--warmup", type=_count, default=1, metavar="N", help="rounds that are discarded first; default 1")
-    add("--load-runs", type=_count, default=3, metavar="N", help="warm loads, behind a cold one; 0 for none; default 3")
-    add("--predict", type=_sizes, default=[], metavar="N,..", help="decode time behind so many tokens, not run")
+    add(
+        "--runs",
+        type=whole_number(1),
+        metavar="N",
+        help=f"default {RUNS}, with a package as baseline {RUNS_OF_A_COMPARISON}",
+    )
+    add("--warmup", type=whole_number(0), default=1, metavar="N", help="rounds that are discarded first; default 1")
+    add(
+        "--load-runs",
+        type=whole_number(0),
+        default=3,
+        metavar="N",
+        help="warm loads, behind a cold one; 0 for none; default 3",
+    )
+    add("--predict", type=whole_numbers, default=[], metavar="N,..", help="decode time behind so many tokens, not run")
     add("--slo", metavar="LIMITS", help="as ttft_p95_ms=500,itl_p99_ms=60; exit status 3 if a row misses one")
     add(
         "--baseline",
@@ -334,24 +351,3 @@ class _ProgressLine:
     def __exit__(self, *_error: object) -> None:
         if self._on:
             print("\r\033[K", end="", file=sys.stderr, flush=True)
-
-
-def _at_least(lowest: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = -1
-        if value < lowest:
-            raise argparse.ArgumentTypeError(f"{text!r} is no whole number from {lowest} up")
-        return value
-
-    return parse
-
-
-_size, _count = _at_least(1), _at_least(0)
-
-
-def _sizes(text: str) -> list[int]:
-    """`1,8` -> [1, 8], without repetitions."""
-    return list(dict.fromkeys(map(_size, text.split(","))))

@@ -147,12 +147,13 @@ class _Process(Generic[Result]):
 def _report_errors(target: Any, pipe: Connection, *arguments: Any) -> None:
     """The child's first function."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the parent says what is to be done
-    try:
-        target(pipe, *arguments)
-    except GPT2EdgeError as error:
-        pipe.send(error)
-    except MemoryError:
-        pipe.send(MachineError("out of memory while the package ran; close other programs, or take a smaller model"))
+    with suppress(EOFError, BrokenPipeError):  # the parent is done
+        try:
+            target(pipe, *arguments)
+        except GPT2EdgeError as error:
+            pipe.send(error)
+        except MemoryError:
+            pipe.send(MachineError("out of memory while the package ran; close programs, or take a smaller model"))
 
 
 def _serve(pipe: Connection, placement: Placement) -> None:
@@ -160,10 +161,7 @@ def _serve(pipe: Connection, placement: Placement) -> None:
     session = generator.decoder.session
     pipe.send(Loaded(peak_rss_bytes(), tuple(session.get_providers()), load_onnxruntime().__version__))
     while True:
-        try:
-            workload, number = pipe.recv()
-        except EOFError:  # the parent is done
-            return
+        workload, number = pipe.recv()
         texts = workload.texts(generator.tokenizer, number)
         gc.collect()  # not in the middle of a run
         reset_peak_rss()

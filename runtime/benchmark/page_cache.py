@@ -10,6 +10,12 @@ from pathlib import Path
 
 PAGE_BYTES = mmap.PAGESIZE
 
+HOW_COLD = (
+    "dropped from the page cache by posix_fadvise(POSIX_FADV_DONTNEED), checked by mincore; the caches of disk and "
+    "hypervisor untouched"
+)
+"""How a report says that its cold loads were made cold."""
+
 
 def drop_from_page_cache(paths: Iterable[Path]) -> bool:
     """Ask the kernel to forget the files' pages; False where it takes no such advice. Needs no privilege.

@@ -15,6 +15,7 @@ from ..errors import RequestError
 from .engine import Engine, EngineRun, Loads, Placement, time_loads
 from .limits import StepModel
 from .machine import Machine, Noise, NoiseMeter, available_memory_bytes
+from .page_cache import HOW_COLD
 from .probes import LARGEST_READ_BYTES, multiply_gflops, read_gb_per_s
 from .report import Row, row_of
 from .workload import Workload
@@ -129,6 +130,7 @@ def measure(
         "runs": runs,
         "loads": loads,
         "warmup": warmup,
+        "cold_loads": HOW_COLD,
         "multiply_gflops": max(probe.multiply_gflops for probe in probes),
         "noise": asdict(noise),
         "warnings": _warnings(noise, *probes),
