@@ -32,7 +32,7 @@ from runtime.package import (
 )
 from runtime.sampling import SamplingOptions
 
-TRANSFORMERS_JS_DTYPE: Mapping[Precision, str] = {"fp32": "fp32", "int8": "q8"}
+TRANSFORMERS_JS_DTYPE: Mapping[Precision, str] = {"fp32": "fp32", "int8": "q8", "int4": "q4"}
 LICENSE_NAMES = ("LICENSE", "LICENSE.md", "LICENSE.txt", "LICENCE", "COPYING")
 
 CARD = """\
@@ -66,12 +66,6 @@ prompts and their greedy continuations (an alarm, not a benchmark):
 
 The folder also opens unmodified in optimum's ORTModelForCausalLM and in onnxruntime-genai.
 """
-
-RECIPES: Mapping[Precision, str] = {
-    "fp32": "weights as in the checkpoint",
-    "int8": "weights int8, one scale per output column; activations uint8, one scale per token; embedding and head "
-    "8-bit in blocks; keys and values float32",
-}
 
 ATTENTIONS: Mapping[Attention, str] = {
     "GroupQueryAttention": "attention by GroupQueryAttention, which writes keys and values in place",
@@ -118,7 +112,7 @@ def write_model_card(folder: Path, manifest: Manifest) -> None:
         source=manifest.source.name,
         layout=manifest.source.layout,
         fingerprint=manifest.source.fingerprint,
-        recipe=RECIPES[manifest.precision],
+        recipe="; ".join(manifest.recipe.values()),
         megabytes=size / 1e6,
         onnxruntime=manifest.needs.onnxruntime,
         processor=f", a processor with {' or '.join(features)}" if features else "",

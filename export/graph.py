@@ -7,12 +7,10 @@ which the graph uses them, and are on disk before the next is read.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import onnx
-from numpy.typing import NDArray
 from onnx import TensorProto
 
 from runtime.config import GPT2Config
@@ -31,7 +29,7 @@ from runtime.package import (
 )
 
 from .onnx_builder import MICROSOFT, GraphBuilder, WeightsFile
-from .products import PRODUCTS
+from .products import PRODUCTS, Tensors
 
 OPSET = 21
 IR_VERSION = 10
@@ -56,16 +54,14 @@ class _AttentionInputs:
     bias: str  # [B, 1, S, P + S] float32
 
 
-def build_graph(
-    config: GPT2Config, tensors: Mapping[str, NDArray[np.float32]], precision: Precision, weights: WeightsFile
-) -> onnx.ModelProto:
+def build_graph(config: GPT2Config, tensors: Tensors, precision: Precision, weights: WeightsFile) -> onnx.ModelProto:
     """Build the graph and stream its weights to disk.
 
     Args:
         config: the model's numbers.
-        tensors: canonical name -> float32 array, as `export.checkpoint` reads them. Each is looked up once, and not
-            kept.
-        precision: "fp32", or "int8" (see `export.products`).
+        tensors: canonical name -> float32 array, as `export.checkpoint` reads them, or what `export.calibration` made
+            of it. Each is looked up once, and not kept.
+        precision: what becomes of matrices that are float32, see `export.products`.
         weights: receives the weights.
     Returns:
         The model, which names `weights` as its external data.
@@ -137,9 +133,7 @@ def _cache_value(config: GPT2Config, length: str) -> tuple[int, list[int | str]]
 class _GraphWriter:
     """The graph so far. Each method appends a part and returns the name of its result."""
 
-    def __init__(
-        self, config: GPT2Config, tensors: Mapping[str, NDArray[np.float32]], precision: Precision, weights: WeightsFile
-    ) -> None:
+    def __init__(self, config: GPT2Config, tensors: Tensors, precision: Precision, weights: WeightsFile) -> None:
         self._config = config
         self._tensors = tensors
         self._products = PRODUCTS[precision]
@@ -237,4 +231,6 @@ class _GraphWriter:
         return self._graph.node("LayerNormalization", inputs, name, axis=-1, epsilon=self._config.layer_norm_epsilon)
 
     def _weight(self, name: str) -> str:
-        return self._graph.weight(name, self._tensors[name])
+        values = self._tensors[name]
+        assert isinstance(values, np.ndarray), "only matrices are quantized"
+        return self._graph.weight(name, values)

@@ -78,6 +78,7 @@ def _describe(manifest: Manifest) -> dict[str, Any]:
         },
         "unmet_needs": unmet_needs(needs, device=manifest.device, onnxruntime=onnxruntime),
         "source": asdict(manifest.source),
+        "recipe": manifest.recipe,
         "quality": manifest.quality,
         "tools": manifest.tools,
         "golden_prompts": len(manifest.golden),

@@ -25,7 +25,7 @@ from .errors import ConfigError, PackageError
 
 FORMAT_VERSION = 2
 
-Precision = Literal["fp32", "int8"]
+Precision = Literal["fp32", "int8", "int4"]
 Device = Literal["cpu", "cuda", "tensorrt"]
 Attention = Literal["GroupQueryAttention", "plain"]
 """What a graph does with the keys and values it is given. GroupQueryAttention writes the new ones into the same buffer,
@@ -44,7 +44,11 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 GENAI_CONFIG = "genai_config.json"
 MODEL_CARD = "MODEL_CARD.md"
 LICENSE = "LICENSE"
-MODEL_FILES: Mapping[Precision, str] = {"fp32": "onnx/model.onnx", "int8": "onnx/model_quantized.onnx"}
+MODEL_FILES: Mapping[Precision, str] = {
+    "fp32": "onnx/model.onnx",
+    "int8": "onnx/model_quantized.onnx",
+    "int4": "onnx/model_q4.onnx",
+}
 """Names that transformers.js, optimum and onnxruntime-genai find without being told."""
 WEIGHTS_SUFFIX = "_data"
 
@@ -124,6 +128,7 @@ class Manifest:
     decode_weight_bytes: int
     needs: Needs
     source: Source
+    recipe: Mapping[str, str]  # how the weights were quantized, in words
     tools: Mapping[str, str]
     files: Mapping[str, FileEntry]
     quality: Mapping[str, float] = field(default_factory=dict)

@@ -246,7 +246,7 @@ def test_another_layout_of_the_same_json_is_no_alteration(package: Path) -> None
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda values: values.update(precision="int3"), "precision 'int3', expected one of fp32, int8"),
+        (lambda values: values.update(precision="int3"), "precision 'int3', expected one of fp32, int8, int4"),
         (lambda values: values.update(device="tpu"), "device 'tpu', expected one of cpu, cuda, tensorrt"),
         (
             lambda values: values.update(attention="magic"),
