@@ -22,6 +22,8 @@ from quantization.recipes import (
     SplitMatrix,
     Tensor,
     TokenTable,
+    cache_scale,
+    cache_scale_name,
     matrix_group,
     quantize_matrix,
     quantize_table,
@@ -30,6 +32,7 @@ from quantization.recipes import (
 from quantization.smooth import find_outliers, smoothing_factors
 from runtime.config import Activation, GPT2Config
 from runtime.errors import QuantizationError
+from runtime.package import CACHE_KINDS, CacheType
 
 from .checkpoint import EMBEDDING, HEAD
 from .checkpoint_files import Float32Array
@@ -44,6 +47,8 @@ def calibrate(
     ids: NDArray[np.int64],
     precision: Quantized,
     progress: Callable[[int], None] | None = None,
+    *,
+    kv_cache: CacheType = "float32",
 ) -> dict[str, Tensor]:
     """Quantize a model for the inputs that its matrices meet on some text.
 
@@ -53,13 +58,14 @@ def calibrate(
         ids: token ids [B, T] of the text, 1 <= T <= n_ctx.
         precision: what the matrices become.
         progress: called with the number of parameters that are done.
+        kv_cache: "int8" adds the scales of keys and values, as `quantization.recipes.cache_scale_name` calls them.
     Returns:
         Canonical name -> what takes the tensor's place in the graph.
     Raises:
         QuantizationError: a tensor is not finite, or the model overflows float32.
     """
     with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused where it is used
-        return _Calibration(config, tensors, precision, progress or (lambda _done: None)).run(ids)
+        return _Calibration(config, tensors, precision, progress or (lambda _done: None), kv_cache).run(ids)
 
 
 class _Calibration:
@@ -71,7 +77,9 @@ class _Calibration:
         tensors: Mapping[str, Float32Array],
         precision: Quantized,
         progress: Callable[[int], None],
+        kv_cache: CacheType,
     ) -> None:
+        self._kv_cache = kv_cache
         self._config = config
         self._tensors = tensors
         self._precision: Quantized = precision
@@ -95,12 +103,17 @@ class _Calibration:
         weight, bias = self._read(f"{name}.attn.c_attn.weight"), self._read(f"{name}.attn.c_attn.bias")
         proj, proj_bias = self._read(f"{name}.attn.c_proj.weight"), self._read(f"{name}.attn.c_proj.bias")
         normed = self._normed(hidden, gain, shift)
-        context = self._context(layer, normed @ weight + bias)
+        qkv = normed @ weight + bias
+        context = self._context(layer, qkv)
         result: Float32Array = context @ proj + proj_bias
 
         value_factors = self._factors(context, proj)
         weight[:, 2 * embd :] /= value_factors
         bias[2 * embd :] /= value_factors
+        if self._kv_cache == "int8":
+            _, keys, values = np.split(_rows(qkv), 3, axis=-1)
+            for kind, items in zip(CACHE_KINDS, (keys, values / value_factors), strict=True):
+                self._results[cache_scale_name(layer, kind)] = cache_scale(items, self._config.n_head)
         factors = self._factors(normed, weight)
         self._keep_norm(f"{name}.ln_1", gain / factors, shift / factors)
         self._results[f"{name}.attn.c_attn.bias"] = bias

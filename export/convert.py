@@ -22,11 +22,13 @@ from tqdm import tqdm
 import runtime
 from runtime.command_line import CommandLineParser, print_json, run_command
 from runtime.decoder import Decoder
-from runtime.errors import DeviceError
+from runtime.errors import DeviceError, RequestError
 from runtime.package import (
+    CACHE_ITEM_BYTES,
     MANIFEST,
     MODEL_FILES,
     WEIGHTS_SUFFIX,
+    CacheType,
     FileEntry,
     Manifest,
     Needs,
@@ -58,11 +60,19 @@ OLDEST_ONNXRUNTIME: Mapping[Precision, str] = {"fp32": "1.22.1", "int8": "1.23.2
 """The oldest versions that ran the demo package's golden prompts: older ones lack attention's bias input (fp32), or the
 embedding in blocks (int8, int4). Tried: 1.20.1, 1.21.1, 1.22.1, 1.23.2, 1.24.4, 1.26.0, 1.28.0, 1.32.0."""
 
+OLDEST_WITH_INT8_CACHE = "1.32.0"
+"""No older one was tried."""
+
+CACHE_RECIPES: Mapping[CacheType, str] = {
+    "float32": "keys and values float32",
+    "int8": "keys and values int8, one scale per channel, for gpt2-edge's own runtime only",
+}
+
 RECIPES: Mapping[Precision, str] = {
     "fp32": "weights as in the checkpoint",
     "int8": "weights int8, one scale per output column; activations uint8, one scale per token; embedding and head "
-    "8-bit in blocks; keys and values float32",
-    "int4": "weights 4-bit in blocks, embedding and head too; activations 8-bit in blocks; keys and values float32",
+    "8-bit in blocks",
+    "int4": "weights 4-bit in blocks, embedding and head too; activations 8-bit in blocks",
 }
 
 INT8_FEATURES = ("avx512_vnni", "avx_vnni", "asimddp")
@@ -99,6 +109,7 @@ class _WrittenModel:
     weights: FileEntry
     decode_weight_bytes: int
     fingerprint: str  # of the source
+    kv_cache: CacheType
     recipe: Mapping[str, str]
 
 
@@ -113,6 +124,7 @@ def convert(
     force: bool = False,
     allow_loss: bool = False,
     calibration: Path | None = None,
+    kv_cache: CacheType = "float32",
     progress: Progress | None = None,
 ) -> Conversion:
     """Turn a checkpoint into a package that was verified, or leave everything as it was.
@@ -127,17 +139,24 @@ def convert(
         force: replace a package that is there.
         allow_loss: publish even if quantization cost more than the bar allows.
         calibration: a text that quantization is measured on; where this is None, the model writes one.
+        kv_cache: what keys and values are stored as; int8 is a format that no other client reads.
         progress: called as the work goes on.
     Raises:
         CheckpointError, TokenizerError, QuantizationError: the checkpoint is damaged, or not supported.
         PackageError: the output exists.
-        RequestError: the text for calibration cannot be read, or is too short.
+        RequestError: the text for calibration cannot be read, or is too short; int8 keys and values are not for this
+            precision, or this graph.
         DeviceError: this processor would get the sums of an int8 model wrong.
         VerificationError: the package is not the model.
         OSError: the disk is full or cannot be written.
     """
     started = time.perf_counter()
     progress = progress or (lambda _what, _done, _steps: None)
+    if kv_cache == "int8" and (precision == "fp32" or origin != "built"):
+        raise RequestError(
+            "int8 keys and values need a calibrated package and a graph of our own; take --precision int8 or int4, "
+            "without --from-onnx and --exporter"
+        )
     refuse_to_replace(output, force=force)  # before an export, which takes long
     with opened(path, origin) as stored:
         folder = stored.checkpoint.folder
@@ -146,7 +165,7 @@ def convert(
         checkpoint = graph.checkpoint
         with staged(output, force=force) as staging:
             text = None if calibration is None else text_of_file(calibration, tokenizer, checkpoint.config)
-            written = _write_model(staging, graph, precision, text, progress)
+            written = _write_model(staging, graph, precision, text, progress, kv_cache=kv_cache)
             write_tokenizer(tokenizer, staging, checkpoint.config.n_ctx)
             write_client_files(staging, checkpoint.config, precision, graph.attention)
             write_license(staging, folder)
@@ -168,24 +187,35 @@ def convert(
 
 
 def _write_model(
-    staging: Path, graph: GraphSource, precision: Precision, text: Ids | None, progress: Progress
+    staging: Path,
+    graph: GraphSource,
+    precision: Precision,
+    text: Ids | None,
+    progress: Progress,
+    *,
+    kv_cache: CacheType,
 ) -> _WrittenModel:
     """Quantize for the text, or for one that the model writes; write graph and weights."""
     model_path, config = staging / MODEL_FILES[precision], graph.checkpoint.config
     model_path.parent.mkdir()
     tensors = FingerprintedTensors(graph.tensors, lambda done: progress("weights", done, config.parameter_count))
-    recipe = {"weights": RECIPES[precision]}
+    recipe = {"weights": RECIPES[precision], "cache": CACHE_RECIPES[kv_cache]}
     if precision == "fp32":
         written = _write_graph(model_path, graph, tensors, precision)
     else:
         ids = _own_text(staging, graph, tensors, progress) if text is None else text
         quantized = calibrate(
-            config, tensors, ids, precision, lambda done: progress("calibration", done, config.parameter_count)
+            config,
+            tensors,
+            ids,
+            precision,
+            lambda done: progress("calibration", done, config.parameter_count),
+            kv_cache=kv_cache,
         )
         written = _write_graph(model_path, graph, quantized, precision)
         source = "that the model wrote" if text is None else "of a text that was given"
         recipe["calibration"] = f"calibrated on {ids.size:,} tokens {source}"
-    return _WrittenModel(*written, tensors.fingerprint(), recipe)
+    return _WrittenModel(*written, tensors.fingerprint(), kv_cache, recipe)
 
 
 def _own_text(staging: Path, graph: GraphSource, tensors: Tensors, progress: Progress) -> Ids:
@@ -208,9 +238,10 @@ def _write_graph(model_path: Path, graph: GraphSource, tensors: Tensors, precisi
     return weights.entry(), decode_weight_bytes(model)
 
 
-def _needs(precision: Precision) -> Needs:
+def _needs(precision: Precision, kv_cache: CacheType = "float32") -> Needs:
     features = INT8_FEATURES if precision == "int8" else ()
-    return Needs(onnxruntime=OLDEST_ONNXRUNTIME[precision], processor=features)
+    oldest = OLDEST_ONNXRUNTIME[precision] if kv_cache == "float32" else OLDEST_WITH_INT8_CACHE
+    return Needs(onnxruntime=oldest, processor=features)
 
 
 def _describe(
@@ -222,9 +253,10 @@ def _describe(
         precision=precision,
         device="cpu",
         attention=graph.attention,
+        kv_cache=written.kv_cache,
         opset=graph.opset,
         decode_weight_bytes=written.decode_weight_bytes,
-        needs=_needs(precision),
+        needs=_needs(precision, written.kv_cache),
         source=source,
         recipe=written.recipe,
         tools={"gpt2-edge": runtime.__version__, "python": platform.python_version()}
@@ -283,6 +315,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--exporter", choices=["own", "optimum"], help="who makes a checkpoint's graph; default: own")
     parser.add_argument("--precision", choices=list(MODEL_FILES), default="int8")
     parser.add_argument("--device", choices=["cpu", "cuda", "tensorrt"], default="cpu")
+    parser.add_argument(
+        "--kv-cache",
+        choices=list(CACHE_ITEM_BYTES),
+        default="float32",
+        help="what keys and values are stored as; int8 for long contexts, by our own runtime only",
+    )
     parser.add_argument("--output", type=Path, metavar="DIR", help="default: packages/<name>-<precision>")
     parser.add_argument("--models-dir", type=Path, default=Path("models"), metavar="DIR", help="default: models")
     parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="default: beside the checkpoint")
@@ -317,9 +355,10 @@ def _convert(options: argparse.Namespace) -> int:
         else:
             found = find_checkpoint(options.checkpoint, options.models_dir, offline=options.offline, progress=bar.show)
         made_by = "-optimum" if origin == "optimum" else ""
+        cache = "-kv8" if options.kv_cache == "int8" else ""
         conversion = convert(
             found.path,
-            options.output or Path("packages") / f"{PurePath(found.name).name}{made_by}-{options.precision}",
+            options.output or Path("packages") / f"{PurePath(found.name).name}{made_by}-{options.precision}{cache}",
             name=found.name,
             precision=options.precision,
             origin=origin,
@@ -327,6 +366,7 @@ def _convert(options: argparse.Namespace) -> int:
             force=options.force,
             allow_loss=options.allow_loss,
             calibration=options.calibration,
+            kv_cache=options.kv_cache,
             progress=bar.show,
         )
     if options.json:

@@ -36,6 +36,13 @@ TABLE_DAMPING = 0.3
 at 4 bits, KL of head and embedding: 0.0047 and 0.0046 at 0.01, 0.0054 and 0.0026 at 0.3, 0.0078 and 0.0021 at 3."""
 
 
+CACHE_MARGIN = 1.1
+"""How far beyond what calibration met a key or value may go before it is cut off."""
+
+SMALLEST_PEAK = np.float32(1e-6)
+"""Of a channel of keys or values: one that is always 0 still needs a scale."""
+
+
 @dataclass(frozen=True, slots=True)
 class SplitMatrix:
     """A [K + O, N] matrix whose last O rows stay float32: what multiplies them is too large to share a scale."""
@@ -54,6 +61,23 @@ class TokenTable:
 
 Tensor: TypeAlias = "Float32Array | Int8Columns | Blocks | SplitMatrix | TokenTable"
 """What a tensor of a model may have become."""
+
+
+def cache_scale_name(layer: int, kind: str) -> str:
+    """What the scales [1, H, 1, D] of a layer's keys or values are called among a model's tensors, if it has them."""
+    return f"h.{layer}.attn.{kind}_scale"
+
+
+def cache_scale(items: Float32Array, n_head: int) -> Float32Array:
+    """Scales [1, H, 1, D] of int8 keys or values: one for each channel, largest magnitude / 127, a little to spare.
+
+    Args:
+        items: [T, H * D] float32, keys or values of a calibration text.
+        n_head: H.
+    """
+    peak = np.abs(items).max(axis=0).reshape(1, n_head, 1, -1)
+    scale: Float32Array = np.maximum(peak, SMALLEST_PEAK) * np.float32(CACHE_MARGIN / INT8_MAX)
+    return scale
 
 
 def matrix_group(n_rows: int, precision: Quantized) -> int:

@@ -21,13 +21,11 @@ GROWTH = 1.5
 class KVCache:
     """Keys and values of B rows, each row at its own length.
 
-    Each layer has two buffers [B, H, M, D] float32 or int8, M tokens long. Memory that holds no token yet is zero, reserved but
-    not touched. `lengths` [B] int64 counts the tokens of each row; it belongs to whoever runs the graph.
+    Each layer has two buffers [B, H, M, D] float32 or int8, M tokens long. Memory that holds no token yet is zero,
+    reserved but not touched. `lengths` [B] int64 counts the tokens of each row; it belongs to whoever runs the graph.
     """
 
-    def __init__(
-        self, config: GPT2Config, *, batch: int, capacity: int, cache_type: CacheType = "float32"
-    ) -> None:
+    def __init__(self, config: GPT2Config, *, batch: int, capacity: int, cache_type: CacheType = "float32") -> None:
         """Reserve room for `capacity` tokens in each of `batch` rows.
 
         Raises:

@@ -61,7 +61,7 @@ CACHE_KINDS = ("key", "value")
 
 
 def past_name(layer: int, kind: str) -> str:
-    """[B, H, P, D] of the package's `CacheType`, or [B, H, M, D] with M > P for a buffer that the graph writes in place."""
+    """[B, H, P, D] of the package's `CacheType`, or [B, H, M, D], M > P: a buffer that the graph writes in place."""
     return f"past_key_values.{layer}.{kind}"
 
 
