@@ -106,6 +106,7 @@ def card_of(folder: Path, name: str, processor: tuple[str, ...] = ()) -> str:
         precision="int8",
         device="cpu",
         attention="GroupQueryAttention",
+        kv_cache="float32",
         opset=21,
         decode_weight_bytes=123_456_789,
         needs=Needs(onnxruntime="1.2.3", processor=processor),

@@ -252,6 +252,7 @@ def test_another_layout_of_the_same_json_is_no_alteration(package: Path) -> None
             lambda values: values.update(attention="magic"),
             "attention 'magic', expected one of GroupQueryAttention, plain",
         ),
+        (lambda values: values.update(kv_cache="fp4"), "kv_cache 'fp4', expected one of float32, int8"),
         (lambda values: values.update(decode_weight_bytes=1.5), "decode_weight_bytes 1.5, expected a whole number"),
         (lambda values: values.update(mood="good"), "mood"),
         (lambda values: values.pop("source"), "source"),
