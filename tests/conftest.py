@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from export.convert import convert
@@ -18,6 +19,9 @@ from runtime.tokenizer import byte_alphabet
 from .tiny import tiny_config, tiny_weights, write_safetensors_checkpoint
 
 DEMO_CHECKPOINT = Path(__file__).parent.parent / "models" / "demo"
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")  # how long an example takes is the machine's affair
+
 BYTES_AND_END = 257
 """The smallest vocabulary that can spell everything: 256 bytes and <|endoftext|>, whose id is 256."""
 

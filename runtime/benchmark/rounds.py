@@ -1,4 +1,4 @@
-"""Rounds that alternate: every engine runs a workload before any runs the next, and the other way round in turn."""
+"""Rounds that alternate: every engine runs a workload before any runs the next, so that none ever follows itself."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def measure(
 
     Where a process comes to lie in memory decides over several percent of its speed for as long as it lives, and the
     one that is loaded first is slower more often than not: so all are loaded several times, in turn the other way
-    round.
+    round. Within a load the order stays: who ran just before starts a prompt 8% faster.
 
     Args:
         contenders, workloads: at least one each.
@@ -86,13 +86,14 @@ def measure(
         n_runs = len(range(load, runs, loads))
         with ExitStack() as stack:
             engines = {}
-            for index in _in_turn(contenders, load):
+            order = range(len(contenders))[:: -1 if load % 2 else 1]
+            for index in order:
                 progress(f"load {load + 1} of {loads}: {contenders[index].name}")
                 engines[index] = stack.enter_context(Engine(contenders[index].placement))
             for number in range(-warmup, n_runs):
                 what = f"round {number + 1} of {n_runs}" if number >= 0 else "warming up"
                 for place, workload in enumerate(workloads):
-                    for index in _in_turn(contenders, number):
+                    for index in order:
                         progress(f"load {load + 1} of {loads}, {what}: {contenders[index].name}, {workload}")
                         runs_of_this = done[index][place]
                         run = engines[index].run(workload, len(runs_of_this))
@@ -136,12 +137,6 @@ def measure(
         "warnings": _warnings(noise, *probes),
     }
     return Measured(rows, done, receipt)
-
-
-def _in_turn(contenders: Sequence[Contender], number: int) -> Sequence[int]:
-    """Their numbers, every other time from the last to the first."""
-    forward = range(len(contenders))
-    return forward[::-1] if number % 2 else forward
 
 
 @dataclass(frozen=True, slots=True)
