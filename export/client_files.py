@@ -27,6 +27,7 @@ from runtime.package import (
     MODEL_FILES,
     POSITION_IDS,
     Attention,
+    CacheType,
     Manifest,
     Precision,
 )
@@ -64,8 +65,13 @@ prompts and their greedy continuations (an alarm, not a benchmark):
     python -m runtime.generate FOLDER "Once upon a time"
     python -m runtime.verify FOLDER --full
 
-The folder also opens unmodified in optimum's ORTModelForCausalLM and in onnxruntime-genai.
+{other_clients}
 """
+
+OTHER_CLIENTS: Mapping[CacheType, str] = {
+    "float32": "The folder also opens unmodified in optimum's ORTModelForCausalLM and in onnxruntime-genai.",
+    "int8": "No other client reads a package with int8 keys and values.",
+}
 
 ATTENTIONS: Mapping[Attention, str] = {
     "GroupQueryAttention": "attention by GroupQueryAttention, which writes keys and values in place",
@@ -115,6 +121,7 @@ def write_model_card(folder: Path, manifest: Manifest) -> None:
         recipe="; ".join(manifest.recipe.values()),
         megabytes=size / 1e6,
         onnxruntime=manifest.needs.onnxruntime,
+        other_clients=OTHER_CLIENTS[manifest.kv_cache],
         processor=f", a processor with {' or '.join(features)}" if features else "",
     )
     (folder / MODEL_CARD).write_text(text, encoding="utf-8")

@@ -43,7 +43,7 @@ from runtime.text_generator import TextGenerator
 
 from .adopt import GraphOrigin, GraphSource, check_rows, opened
 from .calibration import calibrate
-from .calibration_text import Ids, own_text, text_of_file
+from .calibration_text import SEQUENCES, Ids, own_text, text_of_file
 from .checkpoint import Checkpoint
 from .client_files import write_client_files, write_license, write_model_card
 from .download import Progress
@@ -164,7 +164,9 @@ def convert(
         graph = stored.fitted(tokenizer.get_vocab())
         checkpoint = graph.checkpoint
         with staged(output, force=force) as staging:
-            text = None if calibration is None else text_of_file(calibration, tokenizer, checkpoint.config)
+            text = None
+            if calibration is not None and precision != "fp32":
+                text = text_of_file(calibration, tokenizer, checkpoint.config, SEQUENCES[precision])
             written = _write_model(staging, graph, precision, text, progress, kv_cache=kv_cache)
             write_tokenizer(tokenizer, staging, checkpoint.config.n_ctx)
             write_client_files(staging, checkpoint.config, precision, graph.attention)
@@ -203,7 +205,7 @@ def _write_model(
     if precision == "fp32":
         written = _write_graph(model_path, graph, tensors, precision)
     else:
-        ids = _own_text(staging, graph, tensors, progress) if text is None else text
+        ids = _own_text(staging, graph, tensors, SEQUENCES[precision], progress) if text is None else text
         quantized = calibrate(
             config,
             tensors,
@@ -218,14 +220,14 @@ def _write_model(
     return _WrittenModel(*written, tensors.fingerprint(), kv_cache, recipe)
 
 
-def _own_text(staging: Path, graph: GraphSource, tensors: Tensors, progress: Progress) -> Ids:
+def _own_text(staging: Path, graph: GraphSource, tensors: Tensors, sequences: int, progress: Progress) -> Ids:
     """Have a plain int8 graph write a text, and remove it."""
     check_needs(_needs("int8"), device="cpu")
     with tempfile.TemporaryDirectory(dir=staging) as folder:
         model_path = Path(folder) / "model.onnx"
         _write_graph(model_path, graph, tensors, "int8")
         decoder = Decoder.open(model_path, graph.checkpoint.config, attention=graph.attention)
-        return own_text(decoder, lambda done, total: progress("text", done, total))
+        return own_text(decoder, sequences, lambda done, total: progress("text", done, total))
 
 
 def _write_graph(model_path: Path, graph: GraphSource, tensors: Tensors, precision: Precision) -> tuple[FileEntry, int]:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from export import calibration
 from export.calibration import LEAST_ACTIVATION, calibrate
-from export.calibration_text import SEQUENCE_TOKENS, SEQUENCES, own_text, text_of_file
+from export.calibration_text import SEQUENCE_TOKENS, own_text, text_of_file
 from export.checkpoint import canonical_shapes
 from export.reference import ACTIVATIONS, reference_logits
 from export.tokenizer_files import build_tokenizer
@@ -183,23 +183,23 @@ def test_a_model_that_overflows_is_refused() -> None:
 def test_the_model_writes_the_same_text_again(tiny_int8: Path) -> None:
     generator = TextGenerator.load(tiny_int8)
     steps: list[tuple[int, int]] = []
-    ids = own_text(generator.decoder, lambda done, total: steps.append((done, total)))
+    ids = own_text(generator.decoder, 5, lambda done, total: steps.append((done, total)))
     config = generator.config
-    assert ids.shape == (SEQUENCES, min(SEQUENCE_TOKENS, config.n_ctx))
+    assert ids.shape == (5, min(SEQUENCE_TOKENS, config.n_ctx))
     assert (ids[:, 0] == config.eos_token_id).all()
     assert 0 <= ids.min() <= ids.max() < config.n_vocab
-    assert len({tuple(row) for row in ids.tolist()}) == SEQUENCES
-    np.testing.assert_array_equal(own_text(generator.decoder, lambda _done, _total: None), ids)
+    assert len({tuple(row) for row in ids.tolist()}) == 5
+    np.testing.assert_array_equal(own_text(generator.decoder, 5, lambda _done, _total: None), ids)
     assert steps[-1] == (config.n_ctx - 1, config.n_ctx - 1)
 
 
-@pytest.mark.parametrize("rows", [1, 3, SEQUENCES + 5])
+@pytest.mark.parametrize("rows", [1, 3, 9])
 def test_a_file_gives_whole_rows_from_its_beginning(tiny_checkpoint: Path, tmp_path: Path, rows: int) -> None:
     config = replace(tiny_config(), n_vocab=257)
     text = "".join(chr(ord("a") + index % 26) for index in range(rows * config.n_ctx + 7))
     (tmp_path / "text.txt").write_text(text)
-    ids = text_of_file(tmp_path / "text.txt", build_tokenizer(tiny_checkpoint, n_vocab=257), config)
-    assert ids.shape == (min(rows, SEQUENCES), config.n_ctx)
+    ids = text_of_file(tmp_path / "text.txt", build_tokenizer(tiny_checkpoint, n_vocab=257), config, 4)
+    assert ids.shape == (min(rows, 4), config.n_ctx)
     assert ids.reshape(-1).tolist() == [ord(character) for character in text[: ids.size]]
 
 
@@ -218,6 +218,6 @@ def test_a_file_that_is_no_text_is_refused_in_one_line(
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(RequestError, match=message) as caught:
-        text_of_file(path, build_tokenizer(tiny_checkpoint, n_vocab=257), replace(tiny_config(), n_vocab=257))
+        text_of_file(path, build_tokenizer(tiny_checkpoint, n_vocab=257), replace(tiny_config(), n_vocab=257), 4)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)

@@ -22,10 +22,12 @@ import onnx
 import pytest
 from onnx import helper
 
+from export.calibration_text import SEQUENCES
 from export.checkpoint import canonical_shapes, read_checkpoint
 from export.convert import convert, main
 from export.verification import MAX_KL, PROMPTS
 from quantization.divergence import kl_divergence
+from quantization.recipes import Quantized
 from quantization.smooth import OUTLIERS
 from runtime.errors import PackageError, VerificationError
 from runtime.package import MODEL_FILES, Precision, open_package, read_manifest
@@ -201,18 +203,21 @@ def test_rows_without_tokens_are_dropped_with_a_line_on_stderr(tiny_checkpoint: 
 
 def test_the_recipe_tells_where_the_text_came_from(tiny_int8: Path, tiny_fp32: Path) -> None:
     recipe = read_manifest(tiny_int8).recipe
-    assert recipe["calibration"] == "calibrated on 2,048 tokens that the model wrote"
+    assert recipe["calibration"] == "calibrated on 512 tokens that the model wrote"
     assert f"int8: {'; '.join(recipe.values())} |" in (tiny_int8 / "MODEL_CARD.md").read_text(encoding="utf-8")
     assert read_manifest(tiny_fp32).recipe == {"weights": "weights as in the checkpoint"}
 
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])
-def test_a_text_of_the_user_s_is_taken(tiny_checkpoint: Path, tmp_path: Path, precision: str) -> None:
+def test_a_text_of_the_user_s_is_taken(tiny_checkpoint: Path, tmp_path: Path, precision: Quantized) -> None:
     (tmp_path / "text.txt").write_text("It was a dark and stormy night. " * 20)
     arguments = [tiny_checkpoint, "--precision", precision, "--calibration", tmp_path / "text.txt", "--allow-loss"]
     assert main([*map(str, arguments), "--output", str(tmp_path / "x")]) == 0
     manifest = open_package(tmp_path / "x", full=True).manifest
-    assert manifest.recipe["calibration"] == "calibrated on 640 tokens of a text that was given"
+    assert (
+        manifest.recipe["calibration"]
+        == f"calibrated on {min(640, 64 * SEQUENCES[precision])} tokens of a text that was given"
+    )
     assert names(tmp_path) == ["text.txt", "x"]
 
 
