@@ -157,6 +157,8 @@ def convert(
             "int8 keys and values need a calibrated package and a graph of our own; take --precision int8 or int4, "
             "without --from-onnx and --exporter"
         )
+    if calibration is not None and precision == "fp32":
+        raise RequestError("a calibration text says how to quantize, and fp32 does not; leave it out")
     refuse_to_replace(output, force=force)  # before an export, which takes long
     with opened(path, origin) as stored:
         folder = stored.checkpoint.folder
