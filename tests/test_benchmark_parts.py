@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import multiprocessing
 import os
 import time
@@ -183,9 +184,9 @@ def test_own_work_is_no_noise() -> None:
 def test_a_peak_is_seen_and_begins_anew() -> None:
     reset_peak_rss()
     low = peak_rss_bytes()
-    held = np.ones(64 * MIB, np.uint8)
-    high = peak_rss_bytes()
-    del held
+    with mmap.mmap(-1, 64 * MIB) as fresh:  # an array might be given memory that this process already holds
+        fresh.write(b"x" * len(fresh))
+        high = peak_rss_bytes()
     reset_peak_rss()
     again = peak_rss_bytes()
     assert low is not None
