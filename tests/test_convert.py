@@ -205,7 +205,10 @@ def test_the_recipe_tells_where_the_text_came_from(tiny_int8: Path, tiny_fp32: P
     recipe = read_manifest(tiny_int8).recipe
     assert recipe["calibration"] == "calibrated on 512 tokens that the model wrote"
     assert f"int8: {'; '.join(recipe.values())} |" in (tiny_int8 / "MODEL_CARD.md").read_text(encoding="utf-8")
-    assert read_manifest(tiny_fp32).recipe == {"weights": "weights as in the checkpoint"}
+    assert read_manifest(tiny_fp32).recipe == {
+        "weights": "weights as in the checkpoint",
+        "cache": "keys and values float32",
+    }
 
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])
