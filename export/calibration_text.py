@@ -28,7 +28,7 @@ Ids: TypeAlias = NDArray[np.int64]
 SEQUENCE_TOKENS = 512
 SEQUENCES: Mapping[Quantized, int] = {"int8": 8, "int4": 16}
 """What the demo model loses at 4 bits (KL over 8,192 other tokens): 0.0169 with 31 sequences of 128 tokens, 0.0153 with
-8 of 512, 0.0145 with 16, 0.0139 with 31. int8 loses TABLE8. Time grows with the tokens."""
+8 of 512, 0.0145 with 16, 0.0139 with 31. Time grows with the tokens."""
 
 LONGEST_TOKEN = 32
 """Characters of a file for each token that is wanted: no text has as many."""

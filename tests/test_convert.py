@@ -251,10 +251,11 @@ def test_json_is_one_object_and_nothing_else(
     status, out, err = run_main(capsys, tiny_checkpoint, "--precision", "fp32", "--output", package, "--json")
     result, manifest = json.loads(out), read_manifest(package)
     assert (status, err, out.count("\n")) == (0, "", 1)
-    assert set(result) == {"package", "precision", "bytes", "parameters", "fingerprint", "quality", "seconds"}
+    assert set(result) == {"package", "precision", "bytes", "parameters", "fingerprint", "recipe", "quality", "seconds"}
     assert result["package"] == str(package)
     assert result["parameters"] == manifest.config.parameter_count
     assert result["fingerprint"] == manifest.source.fingerprint
+    assert result["recipe"] == manifest.recipe
     assert result["quality"] == manifest.quality
     on_disk = sum(path.stat().st_size for path in package.rglob("*") if path.is_file())
     assert result["bytes"] == on_disk - (package / "manifest.json").stat().st_size
