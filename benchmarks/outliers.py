@@ -1,8 +1,8 @@
-"""What int8 loses on a checkpoint, and on the same function with outliers planted in it (tests/outliers.py).
+"""What int8 and int4 lose on a checkpoint, and on the same function with outliers planted in it (tests/outliers.py).
 
     scripts/bench outliers CHECKPOINT [--tokens sampled|random] [--count 2048] [--seed 0] [--json]
 
-Each model is converted to int8, whatever it loses, and held against the original's fp32 package over the same ids:
+Each model is converted to both, whatever it loses, and held against the original's fp32 package over the same ids:
 sampled from that package (text in the model's own style), or uniform random ids (for random weights, whose samples mean
 nothing). The planted models are converted to fp32 too: their figures show that planting left the function alone.
 """
@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from export.checkpoint import read_checkpoint
 from export.convert import convert
 from export.tokenizer_files import build_tokenizer, write_tokenizer
-from export.verification import INT8_MAX_KL
+from export.verification import MAX_KL
 from quantization.divergence import kl_divergence
 from runtime.config import GPT2Config
 from runtime.decoder import Decoder
@@ -40,6 +40,8 @@ from tests.tiny import write_safetensors_checkpoint
 
 WINDOW_TOKENS = 256
 """Tokens of one sequence."""
+
+QUANTIZED: tuple[Precision, ...] = ("int8", "int4")
 
 Int64Array = NDArray[np.int64]
 
@@ -69,7 +71,7 @@ def main() -> int:
         "tokens": options.tokens,
         "seed": options.seed,
         "window_tokens": WINDOW_TOKENS,
-        "int8_bar_kl": INT8_MAX_KL,
+        **{f"{precision}_bar_kl": kl for precision, kl in MAX_KL.items()},
         "onnxruntime": version("onnxruntime"),
     }
     if options.json:
@@ -81,7 +83,7 @@ def main() -> int:
 
 
 def measure(checkpoint: Path, work: Path, options: argparse.Namespace) -> Iterator[Row]:
-    """The original in int8, then each planted model in both precisions, written and removed one after the other."""
+    """The original quantized, then each planted model in every precision, written and removed one after the other."""
     original = _convert(checkpoint, work / "original", "fp32")
     sequences = _sequences(original, options)
     reference = open_decoder(open_package(original))
@@ -92,11 +94,13 @@ def measure(checkpoint: Path, work: Path, options: argparse.Namespace) -> Iterat
         shutil.rmtree(package)
         return row
 
-    yield held_against_original("original", checkpoint, "int8")
+    for quantized in QUANTIZED:
+        yield held_against_original("original", checkpoint, quantized)
     for name in ("norm outliers", "activation outliers"):
         planted = _plant(name, checkpoint, work / "planted")
         yield held_against_original(name, planted, "fp32")
-        yield held_against_original(name, planted, "int8")
+        for quantized in QUANTIZED:
+            yield held_against_original(name, planted, quantized)
         shutil.rmtree(planted)
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 import numpy as np
 import onnx
@@ -35,12 +35,10 @@ from .checkpoint_files import Float32Array
 from .graph import ATTENTION, IR_VERSION, OPSET, build_graph, declare_inputs, declare_outputs, last_positions
 from .onnx_builder import GraphBuilder, WeightsFile
 from .onnx_export import OnnxExport, read_onnx_export
-from .products import PRODUCTS
+from .products import PRODUCTS, Tensors
 
 GraphOrigin = Literal["built", "adopted", "optimum"]
 """built: from a checkpoint, by us. adopted: the folder is an export. optimum: from a checkpoint, by optimum."""
-
-Tensors: TypeAlias = Mapping[str, Float32Array]
 
 ROW_STEPS = 2
 
@@ -58,7 +56,7 @@ class GraphSource:
     """
 
     checkpoint: Checkpoint
-    tensors: Tensors
+    tensors: Mapping[str, Float32Array]
     write_graph: Callable[[GPT2Config, Tensors, Precision, WeightsFile], onnx.ModelProto]
     attention: Attention
     opset: int
@@ -144,7 +142,8 @@ def adopt_graph(
     Args:
         export: the graph.
         config: its numbers.
-        tensors: canonical name -> float32 array. Each is looked up once, and not kept.
+        tensors: canonical name -> float32 array, or what `export.calibration` made of it. Each is looked up once, and
+            not kept.
         precision: what its constant matrices become.
         weights: receives the weights.
     Returns:
@@ -211,7 +210,10 @@ class _GraphAdopter:
 
     def _keep_constant(self, name: str) -> None:
         if name in self._canonical:
-            self._graph.weight(name, self._tensors[self._canonical[name]])
+            values = self._tensors[self._canonical[name]]
+            if not isinstance(values, np.ndarray):
+                raise CheckpointError(f"{name}: the export uses this matrix in a way of its own; use --precision fp32")
+            self._graph.weight(name, values)
         elif name in self._export.constants:
             self._graph.weight(name, self._export.constants.read(name))
 

@@ -27,12 +27,13 @@ from runtime.package import (
     MODEL_FILES,
     POSITION_IDS,
     Attention,
+    CacheType,
     Manifest,
     Precision,
 )
 from runtime.sampling import SamplingOptions
 
-TRANSFORMERS_JS_DTYPE: Mapping[Precision, str] = {"fp32": "fp32", "int8": "q8"}
+TRANSFORMERS_JS_DTYPE: Mapping[Precision, str] = {"fp32": "fp32", "int8": "q8", "int4": "q4"}
 LICENSE_NAMES = ("LICENSE", "LICENSE.md", "LICENSE.txt", "LICENCE", "COPYING")
 
 CARD = """\
@@ -64,13 +65,12 @@ prompts and their greedy continuations (an alarm, not a benchmark):
     python -m runtime.generate FOLDER "Once upon a time"
     python -m runtime.verify FOLDER --full
 
-The folder also opens unmodified in optimum's ORTModelForCausalLM and in onnxruntime-genai.
+{other_clients}
 """
 
-RECIPES: Mapping[Precision, str] = {
-    "fp32": "weights as in the checkpoint",
-    "int8": "weights int8, one scale per output column; activations uint8, one scale per token; embedding and head "
-    "8-bit in blocks; keys and values float32",
+OTHER_CLIENTS: Mapping[CacheType, str] = {
+    "float32": "The folder also opens unmodified in optimum's ORTModelForCausalLM and in onnxruntime-genai.",
+    "int8": "No other client reads a package with int8 keys and values.",
 }
 
 ATTENTIONS: Mapping[Attention, str] = {
@@ -118,9 +118,10 @@ def write_model_card(folder: Path, manifest: Manifest) -> None:
         source=manifest.source.name,
         layout=manifest.source.layout,
         fingerprint=manifest.source.fingerprint,
-        recipe=RECIPES[manifest.precision],
+        recipe="; ".join(manifest.recipe.values()),
         megabytes=size / 1e6,
         onnxruntime=manifest.needs.onnxruntime,
+        other_clients=OTHER_CLIENTS[manifest.kv_cache],
         processor=f", a processor with {' or '.join(features)}" if features else "",
     )
     (folder / MODEL_CARD).write_text(text, encoding="utf-8")

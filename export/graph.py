@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx
-from numpy.typing import NDArray
 from onnx import TensorProto
 
+from quantization.recipes import cache_scale_name
 from runtime.config import GPT2Config
 from runtime.errors import ConfigError
 from runtime.package import (
@@ -25,19 +26,26 @@ from runtime.package import (
     NUM_LOGITS_TO_KEEP,
     POSITION_IDS,
     Attention,
+    CacheType,
     Precision,
     past_name,
     present_name,
 )
 
 from .onnx_builder import MICROSOFT, GraphBuilder, WeightsFile
-from .products import PRODUCTS
+from .products import PRODUCTS, Tensors
 
 OPSET = 21
 IR_VERSION = 10
 ATTENTION: Attention = "GroupQueryAttention"
 HEAD_DIM_STEP = 8
 """Numbers; onnxruntime's GroupQueryAttention takes heads of 8, 16, 24 ... and refuses others at the first run only."""
+
+QUANTIZED_CACHE: Mapping[CacheType, Mapping[str, Any]] = {
+    "float32": {},
+    "int8": {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8},
+}
+"""Attributes of the attention operator."""
 
 MASKED_SCORE = -1e9
 """Added to the score of a key that the mask hides. Finite: a row of padding alone stays finite, and spreads no NaN."""
@@ -56,16 +64,14 @@ class _AttentionInputs:
     bias: str  # [B, 1, S, P + S] float32
 
 
-def build_graph(
-    config: GPT2Config, tensors: Mapping[str, NDArray[np.float32]], precision: Precision, weights: WeightsFile
-) -> onnx.ModelProto:
+def build_graph(config: GPT2Config, tensors: Tensors, precision: Precision, weights: WeightsFile) -> onnx.ModelProto:
     """Build the graph and stream its weights to disk.
 
     Args:
         config: the model's numbers.
-        tensors: canonical name -> float32 array, as `export.checkpoint` reads them. Each is looked up once, and not
-            kept.
-        precision: "fp32", or "int8" (see `export.products`).
+        tensors: canonical name -> float32 array, as `export.checkpoint` reads them, or what `export.calibration` made
+            of it. Each is looked up once, and not kept.
+        precision: what becomes of matrices that are float32, see `export.products`.
         weights: receives the weights.
     Returns:
         The model, which names `weights` as its external data.
@@ -90,9 +96,9 @@ def check_supported(config: GPT2Config) -> None:
         )
 
 
-def input_shapes(config: GPT2Config) -> dict[str, tuple[int, list[int | str]]]:
+def input_shapes(config: GPT2Config, kv_cache: CacheType = "float32") -> dict[str, tuple[int, list[int | str]]]:
     """The inputs that a client must feed: name -> (type, axes)."""
-    cache = {past_name(layer, kind): _cache_value(config, PAST) for layer, kind in _cache_tensors(config)}
+    cache = {past_name(layer, kind): _cache_value(config, PAST, kv_cache) for layer, kind in _cache_tensors(config)}
     return {
         INPUT_IDS: (TensorProto.INT64, [BATCH, NEW]),
         ATTENTION_MASK: (TensorProto.INT64, [BATCH, TOTAL]),
@@ -101,21 +107,21 @@ def input_shapes(config: GPT2Config) -> dict[str, tuple[int, list[int | str]]]:
     }
 
 
-def output_shapes(config: GPT2Config) -> dict[str, tuple[int, list[int | str]]]:
+def output_shapes(config: GPT2Config, kv_cache: CacheType = "float32") -> dict[str, tuple[int, list[int | str]]]:
     """The outputs: name -> (type, axes)."""
-    cache = {present_name(layer, kind): _cache_value(config, TOTAL) for layer, kind in _cache_tensors(config)}
+    cache = {present_name(layer, kind): _cache_value(config, TOTAL, kv_cache) for layer, kind in _cache_tensors(config)}
     return {LOGITS: (TensorProto.FLOAT, [BATCH, NEW, config.n_vocab]), **cache}
 
 
-def declare_inputs(graph: GraphBuilder, config: GPT2Config) -> None:
-    for name, (dtype, shape) in input_shapes(config).items():
+def declare_inputs(graph: GraphBuilder, config: GPT2Config, kv_cache: CacheType = "float32") -> None:
+    for name, (dtype, shape) in input_shapes(config, kv_cache).items():
         graph.input(name, dtype, shape)
     # An input that is an initializer too has a default: clients that never heard of it get all logits.
     graph.weight(graph.input(NUM_LOGITS_TO_KEEP, TensorProto.INT64, [1]), np.zeros(1, np.int64))
 
 
-def declare_outputs(graph: GraphBuilder, config: GPT2Config) -> None:
-    for name, (dtype, shape) in output_shapes(config).items():
+def declare_outputs(graph: GraphBuilder, config: GPT2Config, kv_cache: CacheType = "float32") -> None:
+    for name, (dtype, shape) in output_shapes(config, kv_cache).items():
         graph.output(name, dtype, shape)
 
 
@@ -130,24 +136,26 @@ def _cache_tensors(config: GPT2Config) -> list[tuple[int, str]]:
     return [(layer, kind) for layer in range(config.n_layer) for kind in CACHE_KINDS]
 
 
-def _cache_value(config: GPT2Config, length: str) -> tuple[int, list[int | str]]:
-    return TensorProto.FLOAT, [BATCH, config.n_head, length, config.head_dim]
+CACHE_DTYPES: Mapping[CacheType, int] = {"float32": TensorProto.FLOAT, "int8": TensorProto.INT8}
+
+
+def _cache_value(config: GPT2Config, length: str, kv_cache: CacheType) -> tuple[int, list[int | str]]:
+    return CACHE_DTYPES[kv_cache], [BATCH, config.n_head, length, config.head_dim]
 
 
 class _GraphWriter:
     """The graph so far. Each method appends a part and returns the name of its result."""
 
-    def __init__(
-        self, config: GPT2Config, tensors: Mapping[str, NDArray[np.float32]], precision: Precision, weights: WeightsFile
-    ) -> None:
+    def __init__(self, config: GPT2Config, tensors: Tensors, precision: Precision, weights: WeightsFile) -> None:
         self._config = config
         self._tensors = tensors
         self._products = PRODUCTS[precision]
         self._graph = GraphBuilder(weights)
+        self._kv_cache: CacheType = "int8" if cache_scale_name(0, CACHE_KINDS[0]) in tensors else "float32"
 
     def write(self) -> onnx.ModelProto:
         graph, config = self._graph, self._config
-        declare_inputs(graph, config)
+        declare_inputs(graph, config, self._kv_cache)
         mask = self._read_mask()
         table = self._products.token_table(graph, "wte.weight", self._tensors["wte.weight"])
         rows = table.embed(graph, INPUT_IDS)
@@ -160,7 +168,7 @@ class _GraphWriter:
         if not config.tie_word_embeddings:
             table = self._products.token_table(graph, "lm_head.weight", self._tensors["lm_head.weight"])
         table.logits(graph, hidden, LOGITS)
-        declare_outputs(graph, config)
+        declare_outputs(graph, config, self._kv_cache)
         return graph.model(name="gpt2", opset=OPSET, ir_version=IR_VERSION, producer="gpt2-edge")
 
     def _read_mask(self) -> _AttentionInputs:
@@ -192,15 +200,19 @@ class _GraphWriter:
         qkv = self._linear_with_bias(f"{name}.c_attn", self._layer_norm(f"h.{layer}.ln_1", hidden))  # [B, S, 3D]
         past = [past_name(layer, kind) for kind in CACHE_KINDS]
         present = [present_name(layer, kind) for kind in CACHE_KINDS]
-        no_rotary = ["", "", ""]
+        no_rotary, no_sink = ["", "", ""], ""
+        inputs = [qkv, "", "", *past, mask.last_key, mask.total_length, *no_rotary, mask.bias]
+        if self._kv_cache == "int8":
+            inputs += [no_sink, *(self._weight(cache_scale_name(layer, kind)) for kind in CACHE_KINDS)]
         context, *_ = self._graph.node_with_outputs(
             ATTENTION,
-            [qkv, "", "", *past, mask.last_key, mask.total_length, *no_rotary, mask.bias],
+            inputs,
             [f"{name}/context", *present],
             domain=MICROSOFT,
             num_heads=self._config.n_head,
             kv_num_heads=self._config.n_head,
             scale=self._config.attention_scale(layer),
+            **QUANTIZED_CACHE[self._kv_cache],
         )
         return self._linear_with_bias(f"{name}.c_proj", context)
 
@@ -237,4 +249,6 @@ class _GraphWriter:
         return self._graph.node("LayerNormalization", inputs, name, axis=-1, epsilon=self._config.layer_norm_epsilon)
 
     def _weight(self, name: str) -> str:
-        return self._graph.weight(name, self._tensors[name])
+        values = self._tensors[name]
+        assert isinstance(values, np.ndarray), "only matrices are quantized"
+        return self._graph.weight(name, values)

@@ -36,7 +36,9 @@ def show_checkpoint(path: Path, *, as_json: bool) -> int:
     """
     checkpoint = read_checkpoint(path)
     report = {"checkpoint": str(path), "layout": checkpoint.layout}
-    report |= describe_config(checkpoint.config) | _describe_storage(checkpoint)
+    report |= describe_config(
+        checkpoint.config, cache_bytes_per_token=4 * checkpoint.config.cache_items_per_token
+    ) | _describe_storage(checkpoint)
     try:
         check_supported(checkpoint.config)
         report |= _describe_product(checkpoint)

@@ -9,15 +9,21 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+from quantization.recipes import Quantized, matrix_group, table_block_size
 from runtime.config import GPT2Config
 from runtime.package import Precision
 
 from .checkpoint import EMBEDDING, HEAD, canonical_shapes
 from .onnx_builder import ALIGNMENT, INLINE_BYTES
-from .products import head_block_size
 
-GRAPH_BYTES: Mapping[Precision, tuple[int, int]] = {"fp32": (2_600, 3_300), "int8": (3_200, 6_900)}
+GRAPH_BYTES: Mapping[Precision, tuple[int, int]] = {
+    "fp32": (2_600, 3_300),
+    "int8": (3_300, 6_900),
+    "int4": (3_100, 4_200),
+}
 """Of a graph without its inline arrays: of the model, and of each layer. Measured with 1 to 48 layers."""
+
+BITS: Mapping[Quantized, int] = {"int8": 8, "int4": 4}
 
 SMALL_FILES_BYTES = 3_500
 """The model card, the licence and the files of other clients."""
@@ -48,7 +54,8 @@ def weights_bytes(config: GPT2Config, precision: Precision) -> int:
 
 def _array_sizes(config: GPT2Config, precision: Precision) -> list[int]:
     """Bytes of every array that is stored, in the order of the graph."""
-    return [size for name, shape in canonical_shapes(config).items() for size in _stored_sizes(name, shape, precision)]
+    sizes = [size for name, shape in canonical_shapes(config).items() for size in _stored_sizes(name, shape, precision)]
+    return sizes if precision == "fp32" else [*sizes, 4 * config.n_embd]  # the column scale of the head's table
 
 
 def _stored_sizes(name: str, shape: tuple[int, ...], precision: Precision) -> tuple[int, ...]:
@@ -57,10 +64,16 @@ def _stored_sizes(name: str, shape: tuple[int, ...], precision: Precision) -> tu
         return (4 * math.prod(shape),)
     rows, columns = shape
     if name in (EMBEDDING, HEAD):
-        block = head_block_size(columns)
-        blocks = rows * -(-columns // block)
-        return blocks * block, 4 * blocks
+        return _block_sizes(rows, columns, table_block_size(columns, precision), precision)
+    if precision == "int4":
+        return _block_sizes(columns, rows, matrix_group(rows, precision), precision)
     return rows * columns, 4 * columns
+
+
+def _block_sizes(rows: int, columns: int, block: int, precision: Quantized) -> tuple[int, int]:
+    """Bytes of the codes and of the scales of a [rows, columns] matrix in blocks along its rows."""
+    blocks = rows * -(-columns // block)
+    return blocks * block * BITS[precision] // 8, 4 * blocks
 
 
 def conversion_peak_bytes(config: GPT2Config, size: int) -> int:

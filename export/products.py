@@ -1,30 +1,36 @@
-"""How each precision stores a matrix in the graph and multiplies by it; the rest of the graph knows no precision.
+"""How a matrix stands in the graph and is multiplied by, in each form that it may have; the rest knows no precision.
 
-A `Linear` is one of the four matrices of a block; a `TokenTable` is the [V, D] matrix that is the embedding and, in a
+A linear is one of the four matrices of a block; a `TokenTable` is the [V, D] matrix that is the embedding and, in a
 tied model, the head too: it is stored once, the embedding picks its rows and the head multiplies by its transpose.
+What is still float32 where the package is not is quantized plainly.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import numpy as np
 
-from quantization.int8 import INT8_MAX, ZERO_POINT, quantize_blocks, quantize_columns
+from quantization.blocks import Blocks
+from quantization.int8 import INT8_MAX, ZERO_POINT, Int8Columns
+from quantization.recipes import Quantized, SplitMatrix, Tensor, TokenTable, quantize_matrix, quantize_table
 from runtime.package import Precision
 
 from .checkpoint_files import Float32Array
 from .onnx_builder import MICROSOFT, GraphBuilder
 
-HEAD_BLOCK_SIZES = (64, 32, 16)
-"""Weights of the int8 table that share a scale: the first that divides D, else the last, its tail padded with zeros."""
+Tensors: TypeAlias = "Mapping[str, Tensor]"
+"""Canonical name -> float32 array, or what quantization made of it."""
 
 INT8_ACCUMULATION = 4
 """MatMulNBits' accuracy_level: quantize the activations to int8 too. Integer products are the fast ones on a CPU."""
 
+ONE_SIDED_ZERO = 32
+"""Where inputs that are hardly ever negative have their zero: 223 of 255 steps for what is above it, not 127."""
 
-class TokenTable(Protocol):
+
+class Table(Protocol):
     def embed(self, graph: GraphBuilder, ids: str) -> str:
         """ids [B, S] -> rows [B, S, D] float32."""
 
@@ -33,10 +39,10 @@ class TokenTable(Protocol):
 
 
 class Products(Protocol):
-    def linear(self, graph: GraphBuilder, name: str, x: str, weight: Float32Array) -> str:
+    def linear(self, graph: GraphBuilder, name: str, x: str, weight: Tensor) -> str:
         """x [B, S, K], weight [K, N] -> x @ weight [B, S, N] float32; `name` is the matrix's canonical name."""
 
-    def token_table(self, graph: GraphBuilder, name: str, table: Float32Array) -> TokenTable:
+    def token_table(self, graph: GraphBuilder, name: str, table: Tensor) -> Table:
         """Store a [V, D] table."""
 
 
@@ -53,62 +59,120 @@ class Fp32Table:
 
 
 class Fp32Products:
-    def linear(self, graph: GraphBuilder, name: str, x: str, weight: Float32Array) -> str:
+    def linear(self, graph: GraphBuilder, name: str, x: str, weight: Tensor) -> str:
+        assert isinstance(weight, np.ndarray), "an fp32 package is given what the checkpoint holds"
         return graph.node("MatMul", [x, graph.weight(name, weight)], f"{name}/product")
 
-    def token_table(self, graph: GraphBuilder, name: str, table: Float32Array) -> TokenTable:
+    def token_table(self, graph: GraphBuilder, name: str, table: Tensor) -> Table:
+        assert isinstance(table, np.ndarray), "an fp32 package is given what the checkpoint holds"
         return Fp32Table(graph, name, table)
 
 
-def head_block_size(n_columns: int) -> int:
-    """Weights that share a scale in a table of D = `n_columns`."""
-    return next((size for size in HEAD_BLOCK_SIZES if n_columns % size == 0), HEAD_BLOCK_SIZES[-1])
+class BlockTable:
+    """Blocks along D, which MatMulNBits and GatherBlockQuantized read alike.
 
+    A column scale is the head's concern: its input was multiplied by it where it was made, in the last layer norm. The
+    embedding has to multiply by it.
+    """
 
-class Int8Table:
-    """8-bit blocks along D, which MatMulNBits and GatherBlockQuantized read alike."""
-
-    def __init__(self, graph: GraphBuilder, name: str, table: Float32Array) -> None:
+    def __init__(self, graph: GraphBuilder, name: str, table: TokenTable) -> None:
         self._name = name
-        self._n_rows, self._n_columns = table.shape
-        self._block_size = head_block_size(self._n_columns)
-        blocks = quantize_blocks(table, self._block_size)
-        self._values = graph.weight(name, blocks.values)  # [V, blocks, block] uint8
-        self._scale = graph.weight(f"{name}.scale", blocks.scale)  # [V, blocks] float32
+        self._blocks = table.blocks
+        self._values = graph.weight(name, table.blocks.values)  # [V, blocks, bytes] uint8
+        self._scale = graph.weight(f"{name}.scale", table.blocks.scale)  # [V, blocks] float32
+        self._column_scale = (
+            None if table.column_scale is None else graph.weight(f"{name}.column_scale", table.column_scale)
+        )
 
     def embed(self, graph: GraphBuilder, ids: str) -> str:
+        size, n_columns = self._blocks.size, self._blocks.n_columns
         scale = graph.node("Unsqueeze", [self._scale, graph.constant([2], np.int64)], f"{self._name}/block_scale")
         blocks = graph.node(
             "GatherBlockQuantized",
             [self._values, ids, scale],
-            f"{self._name}/blocks",  # [B, S, blocks, block] float32
+            f"{self._name}/blocks",  # [B, S, blocks, size] float32
             domain=MICROSOFT,
-            bits=8,
-            block_size=self._block_size,
+            bits=self._blocks.bits,
+            block_size=size,
             gather_axis=0,
             quantize_axis=2,
         )
         rows = graph.node("Reshape", [blocks, graph.constant([0, 0, -1], np.int64)], f"{self._name}/rows")
-        if self._n_columns % self._block_size == 0:
+        if n_columns % size:
+            bounds = [graph.constant([bound], np.int64) for bound in (0, n_columns, 2)]  # start, end, axis
+            rows = graph.node("Slice", [rows, *bounds], f"{self._name}/unpadded")
+        if self._column_scale is None:
             return rows
-        bounds = [graph.constant([bound], np.int64) for bound in (0, self._n_columns, 2)]  # start, end, axis
-        return graph.node("Slice", [rows, *bounds], f"{self._name}/unpadded")
+        return graph.node("Mul", [rows, self._column_scale], f"{self._name}/embedded")
 
     def logits(self, graph: GraphBuilder, x: str, output: str) -> str:
-        return graph.node(
-            "MatMulNBits",
-            [x, self._values, self._scale],
-            output,
-            domain=MICROSOFT,
-            bits=8,
-            block_size=self._block_size,
-            K=self._n_columns,
-            N=self._n_rows,
-            accuracy_level=INT8_ACCUMULATION,
-        )
+        return _block_product(graph, x, self._blocks, [self._values, self._scale], output)
 
 
-class Int8Products:
+class QuantizedProducts:
+    """Matrices in the form that they have, float32 ones by the plain recipe of a precision."""
+
+    def __init__(self, precision: Quantized) -> None:
+        self._precision: Quantized = precision
+
+    def linear(self, graph: GraphBuilder, name: str, x: str, weight: Tensor) -> str:
+        if isinstance(weight, np.ndarray):
+            weight = quantize_matrix(weight, self._precision)
+        if isinstance(weight, SplitMatrix):
+            return _split_product(graph, name, x, weight)
+        assert not isinstance(weight, TokenTable), f"{name} is no table"
+        return _quantized_product(graph, name, x, weight)
+
+    def token_table(self, graph: GraphBuilder, name: str, table: Tensor) -> Table:
+        if isinstance(table, np.ndarray):
+            table = TokenTable(quantize_table(table, self._precision))
+        assert isinstance(table, TokenTable), f"{name} is a table"
+        return BlockTable(graph, name, table)
+
+
+PRODUCTS: Mapping[Precision, Products] = {
+    "fp32": Fp32Products(),
+    "int8": QuantizedProducts("int8"),
+    "int4": QuantizedProducts("int4"),
+}
+
+
+def _split_product(graph: GraphBuilder, name: str, x: str, weight: SplitMatrix) -> str:
+    """The last inputs by their own rows in float32, and so out of the others' scale."""
+    border = graph.constant([-len(weight.kept)], np.int64)
+    first, end, last_axis = (graph.constant([value], np.int64) for value in (0, np.iinfo(np.int64).max, -1))
+    common = graph.node("Slice", [x, first, border, last_axis], f"{name}/common_inputs")
+    outliers = graph.node("Slice", [x, border, end, last_axis], f"{name}/outliers")
+    kept = graph.weight(f"{name}.kept", weight.kept)
+    products = [
+        _quantized_product(graph, name, common, weight.quantized),
+        graph.node("MatMul", [outliers, kept], f"{name}/outlier_product"),
+    ]
+    return graph.node("Add", products, f"{name}/whole_product")
+
+
+def _quantized_product(graph: GraphBuilder, name: str, x: str, weight: Int8Columns | Blocks) -> str:
+    if isinstance(weight, Int8Columns):
+        return _int8_product(graph, name, x, weight)
+    stored = [graph.weight(name, weight.values), graph.weight(f"{name}.scale", weight.scale)]
+    return _block_product(graph, x, weight, stored, f"{name}/product")
+
+
+def _block_product(graph: GraphBuilder, x: str, weight: Blocks, stored: list[str], output: str) -> str:
+    return graph.node(
+        "MatMulNBits",
+        [x, *stored],
+        output,
+        domain=MICROSOFT,
+        bits=weight.bits,
+        block_size=weight.size,
+        K=weight.n_columns,
+        N=len(weight.values),
+        accuracy_level=INT8_ACCUMULATION,
+    )
+
+
+def _int8_product(graph: GraphBuilder, name: str, x: str, weight: Int8Columns) -> str:
     """int8 weights per column x uint8 activations per row.
 
     peak = max|x| of a row, q = rint(127 x / peak) + 128, y = (q - 128) @ w * (w_scale / 127) * peak
@@ -116,26 +180,29 @@ class Int8Products:
     The usual DynamicQuantizeMatMul has one activation scale for the whole [B, S, K]: the same token would get other
     numbers in another batch or another piece of the prompt. A row of zeros needs no guard: 0 / 0 quantizes to some
     integer, which a peak of 0 turns into 0 again.
+
+    Inputs that are never below some -c, as behind an activation, have their zero at 32 instead of 128 and so 223 steps
+    above it; the peak is max x, but large enough that 32 steps below zero reach -c.
     """
+    zero_point = ZERO_POINT if weight.least_input is None else ONE_SIDED_ZERO
+    steps = INT8_MAX if weight.least_input is None else 255 - ONE_SIDED_ZERO
+    values = graph.weight(name, weight.values)  # [K, N] int8
+    scale = graph.weight(f"{name}.scale", weight.scale)  # [N] float32
+    step, zero = graph.constant(1 / steps, np.float32), graph.constant(zero_point, np.uint8)
+    peak = _peak(graph, name, x, weight.least_input)  # [B, S, 1]
+    unit = graph.node("Div", [x, peak], f"{name}/unit")
+    rows = graph.node("QuantizeLinear", [unit, step, zero], f"{name}/quantized")  # [B, S, K] uint8
+    product = graph.node(
+        "MatMulIntegerToFloat", [rows, values, step, scale, zero], f"{name}/unit_product", domain=MICROSOFT
+    )
+    return graph.node("Mul", [product, peak], f"{name}/product")
 
-    def linear(self, graph: GraphBuilder, name: str, x: str, weight: Float32Array) -> str:
-        columns = quantize_columns(weight)
-        values = graph.weight(name, columns.values)  # [K, N] int8
-        scale = graph.weight(f"{name}.scale", columns.scale)  # [N] float32
-        step = graph.constant(1 / INT8_MAX, np.float32)
-        zero = graph.constant(ZERO_POINT, np.uint8)
+
+def _peak(graph: GraphBuilder, name: str, x: str, least_input: float | None) -> str:
+    last_axis = graph.constant([-1], np.int64)
+    if least_input is None:
         magnitude = graph.node("Abs", [x], f"{name}/magnitude")
-        last_axis = graph.constant([-1], np.int64)
-        peak = graph.node("ReduceMax", [magnitude, last_axis], f"{name}/peak", keepdims=1)  # [B, S, 1]
-        unit = graph.node("Div", [x, peak], f"{name}/unit")
-        rows = graph.node("QuantizeLinear", [unit, step, zero], f"{name}/quantized")  # [B, S, K] uint8
-        product = graph.node(
-            "MatMulIntegerToFloat", [rows, values, step, scale, zero], f"{name}/unit_product", domain=MICROSOFT
-        )
-        return graph.node("Mul", [product, peak], f"{name}/product")
-
-    def token_table(self, graph: GraphBuilder, name: str, table: Float32Array) -> TokenTable:
-        return Int8Table(graph, name, table)
-
-
-PRODUCTS: Mapping[Precision, Products] = {"fp32": Fp32Products(), "int8": Int8Products()}
+        return graph.node("ReduceMax", [magnitude, last_axis], f"{name}/peak", keepdims=1)
+    largest = graph.node("ReduceMax", [x, last_axis], f"{name}/largest", keepdims=1)
+    reach = graph.constant(-least_input * (255 - ONE_SIDED_ZERO) / ONE_SIDED_ZERO, np.float32)
+    return graph.node("Max", [largest, reach], f"{name}/peak")

@@ -14,14 +14,14 @@ from numpy.typing import NDArray
 
 from runtime.errors import QuantizationError
 
+from .blocks import Blocks
+from .grid import SMALLEST_PEAK, Float32Array, Grid
+
 INT8_MAX = 127
 """-128 is left unused: the grid is symmetric, so that a weight and its negative cost the same error."""
 
 ZERO_POINT = 128
 """Where unsigned 8-bit values have their zero."""
-
-SMALLEST_PEAK = 1e-30
-"""Below it a column counts as zero: its scale could not be inverted in float32."""
 
 ELEMENTS_PER_STEP = 1 << 20
 """Elements that are quantized at a time, so that temporaries stay at 4 MB, in the processor's cache."""
@@ -32,18 +32,12 @@ class Int8Columns:
     """A [K, N] matrix as int8 with one scale per column."""
 
     values: NDArray[np.int8]  # [K, N]
-    scale: NDArray[np.float32]  # [N]
+    scale: Float32Array  # [N]
+    least_input: float | None = None
+    """What multiplies the matrix is never below this, a little below 0; None where it is about as often above 0."""
 
 
-@dataclass(frozen=True, slots=True)
-class Int8Blocks:
-    """A [V, D] matrix as uint8 around 128, one scale per block of a row: weight = (value - 128) * scale."""
-
-    values: NDArray[np.uint8]  # [V, D / block, block]
-    scale: NDArray[np.float32]  # [V, D / block]
-
-
-def quantize_columns(weight: NDArray[np.float32]) -> Int8Columns:
+def quantize_columns(weight: Float32Array) -> Int8Columns:
     """Quantize a [K, N] float32 matrix to int8, one scale per output column.
 
     A zero column gets scale 1.
@@ -69,7 +63,12 @@ def quantize_columns(weight: NDArray[np.float32]) -> Int8Columns:
     return Int8Columns(values, scale)
 
 
-def quantize_blocks(weight: NDArray[np.float32], block_size: int) -> Int8Blocks:
+def columns_of_grid(weight: Float32Array, grid: Grid) -> Int8Columns:
+    """Store a [K, N] matrix that lies on a grid of one group."""
+    return Int8Columns(grid.codes(weight).astype(np.int8), grid.scale[0])
+
+
+def quantize_blocks(weight: Float32Array, block_size: int) -> Blocks:
     """Quantize a [V, D] float32 matrix to 8 bits, one scale per block of `block_size` values of a row.
 
     A last block that D does not fill is padded with zeros. A zero block gets scale 1.
@@ -97,14 +96,14 @@ def quantize_blocks(weight: NDArray[np.float32], block_size: int) -> Int8Blocks:
         scale[start : start + step] = _scale_of_peak(np.maximum(blocks.max(axis=2), -blocks.min(axis=2)), first=start)
         steps = np.rint(blocks / scale[start : start + step, :, None])
         values[start : start + step] = steps + np.float32(ZERO_POINT)
-    return Int8Blocks(values, scale)
+    return Blocks(values, scale, bits=8, size=block_size, n_columns=n_columns)
 
 
-def _scale_of_peak(peak: NDArray[np.float32], first: int = 0) -> NDArray[np.float32]:
+def _scale_of_peak(peak: Float32Array, first: int = 0) -> Float32Array:
     """Weight units per step, for the largest magnitude that 127 steps must reach; `peak[0]` is of number `first`."""
     if not np.isfinite(peak).all():
         where, *block = np.argwhere(~np.isfinite(peak))[0].tolist()
         place = f"row {first + where}, block {block[0]}" if block else f"column {where}"
         raise QuantizationError(f"a weight is not finite in {place}; the checkpoint is damaged")
-    scale: NDArray[np.float32] = np.where(peak > SMALLEST_PEAK, peak / np.float32(INT8_MAX), np.float32(1))
+    scale: Float32Array = np.where(peak > SMALLEST_PEAK, peak / np.float32(INT8_MAX), np.float32(1))
     return scale

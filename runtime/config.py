@@ -58,9 +58,9 @@ class GPT2Config:
         return self.n_embd // self.n_head
 
     @property
-    def cache_bytes_per_token(self) -> int:
-        """Bytes of float32 keys and values that one token occupies in the cache, all layers."""
-        return 2 * self.n_layer * self.n_embd * 4
+    def cache_items_per_token(self) -> int:
+        """Numbers in the keys and values of one token, all layers."""
+        return 2 * self.n_layer * self.n_embd
 
     @property
     def parameter_count(self) -> int:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from .config import GPT2Config
 from .errors import MachineError, RequestError
 from .kv_cache import KVCache
-from .package import ATTENTION_MASK, INPUT_IDS, LOGITS, NUM_LOGITS_TO_KEEP, POSITION_IDS, Attention, Device
+from .package import ATTENTION_MASK, INPUT_IDS, LOGITS, NUM_LOGITS_TO_KEEP, POSITION_IDS, Attention, CacheType, Device
 from .session import load_onnxruntime, open_session
 
 if TYPE_CHECKING:
@@ -31,10 +31,13 @@ class Decoder:
         session: onnxruntime.InferenceSession,
         config: GPT2Config,
         attention: Attention = "GroupQueryAttention",
+        kv_cache: CacheType = "float32",
     ) -> None:
+        assert kv_cache == "float32" or attention == "GroupQueryAttention", "plain attention knows float32 only"
         self.session = session
         self.config = config
         self.attention = attention
+        self.kv_cache = kv_cache
 
     @classmethod
     def open(
@@ -43,15 +46,17 @@ class Decoder:
         config: GPT2Config,
         *,
         attention: Attention = "GroupQueryAttention",
+        kv_cache: CacheType = "float32",
         device: Device = "cpu",
         threads: int | None = None,
     ) -> Decoder:
         """Open a graph; errors as `session.open_session`."""
-        return cls(open_session(model_path, device=device, threads=threads), config, attention)
+        return cls(open_session(model_path, device=device, threads=threads), config, attention, kv_cache)
 
     def start(self, *, batch: int, capacity: int) -> Decoding:
         """Begin with an empty cache of `batch` rows and room for `capacity` tokens in each."""
-        return Decoding(self, KVCache(self.config, batch=batch, capacity=capacity))
+        cache = KVCache(self.config, batch=batch, capacity=capacity, cache_type=self.kv_cache)
+        return Decoding(self, cache)
 
     def logits(self, ids: NDArray[np.int64], *, chunk_tokens: int = CHUNK_TOKENS) -> Iterator[NDArray[np.float32]]:
         """Logits after every token of one sequence, piece by piece; arguments and errors as `Decoding.append`.

@@ -40,13 +40,13 @@ def show_package(folder: Path, *, as_json: bool) -> int:
     return 0
 
 
-def describe_config(config: GPT2Config) -> dict[str, Any]:
+def describe_config(config: GPT2Config, *, cache_bytes_per_token: int) -> dict[str, Any]:
     """The model's numbers, and what the cache of one sequence takes."""
     return {
         "parameters": config.parameter_count,
         "config": config.to_dict(),
-        "cache_bytes_per_token": config.cache_bytes_per_token,
-        "cache_bytes_in_full": config.cache_bytes_per_token * config.n_ctx,
+        "cache_bytes_per_token": cache_bytes_per_token,
+        "cache_bytes_in_full": cache_bytes_per_token * config.n_ctx,
     }
 
 
@@ -69,7 +69,8 @@ def _describe(manifest: Manifest) -> dict[str, Any]:
         "bytes": sum(sizes.values()),
         "weights_bytes": sum(size for name, size in sizes.items() if name.endswith(WEIGHTS_SUFFIX)),
         "decode_weight_bytes": manifest.decode_weight_bytes,
-        **describe_config(manifest.config),
+        "kv_cache": manifest.kv_cache,
+        **describe_config(manifest.config, cache_bytes_per_token=manifest.cache_bytes_per_token),
         "needs": {"onnxruntime": needs.onnxruntime, "processor_with_one_of": needs.processor},
         "machine": {
             "onnxruntime": onnxruntime,
@@ -77,6 +78,7 @@ def _describe(manifest: Manifest) -> dict[str, Any]:
         },
         "unmet_needs": unmet_needs(needs, device=manifest.device, onnxruntime=onnxruntime),
         "source": asdict(manifest.source),
+        "recipe": manifest.recipe,
         "quality": manifest.quality,
         "tools": manifest.tools,
         "golden_prompts": len(manifest.golden),

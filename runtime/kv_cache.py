@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .config import GPT2Config
 from .errors import MachineError, RequestError
-from .package import CACHE_KINDS, past_name, present_name
+from .package import CACHE_KINDS, CacheType, past_name, present_name
+
+Buffer: TypeAlias = "NDArray[np.float32] | NDArray[np.int8]"
 
 GROWTH = 1.5
 """A cache that is outgrown becomes this many times as long, so that appending stays linear in the length."""
@@ -18,11 +21,11 @@ GROWTH = 1.5
 class KVCache:
     """Keys and values of B rows, each row at its own length.
 
-    Each layer has two buffers [B, H, M, D] float32, M tokens long. Memory that holds no token yet is zero, reserved but
-    not touched. `lengths` [B] int64 counts the tokens of each row; it belongs to whoever runs the graph.
+    Each layer has two buffers [B, H, M, D] float32 or int8, M tokens long. Memory that holds no token yet is zero,
+    reserved but not touched. `lengths` [B] int64 counts the tokens of each row; it belongs to whoever runs the graph.
     """
 
-    def __init__(self, config: GPT2Config, *, batch: int, capacity: int) -> None:
+    def __init__(self, config: GPT2Config, *, batch: int, capacity: int, cache_type: CacheType = "float32") -> None:
         """Reserve room for `capacity` tokens in each of `batch` rows.
 
         Raises:
@@ -35,6 +38,7 @@ class KVCache:
                 f"{config.n_ctx} tokens, the model's context"
             )
         self._config = config
+        self._dtype = np.dtype(cache_type)
         self.batch = batch
         self._buffers = self._allocate(capacity)
         self.lengths = np.zeros(batch, np.int64)
@@ -62,7 +66,7 @@ class KVCache:
         self._buffers = grown
         return True
 
-    def bindings(self, rows: slice) -> Iterator[tuple[str, str, NDArray[np.float32]]]:
+    def bindings(self, rows: slice) -> Iterator[tuple[str, str, Buffer]]:
         """The graph's input and output name of each buffer, and its part [rows, H, M, D], which is contiguous."""
         for index, buffer in enumerate(self._buffers):
             layer, kind = divmod(index, len(CACHE_KINDS))
@@ -75,14 +79,14 @@ class KVCache:
             buffer[rows, :, :length] = buffer[rows.start, :, :length]
         self.lengths[rows] = length
 
-    def _allocate(self, capacity: int) -> list[NDArray[np.float32]]:
+    def _allocate(self, capacity: int) -> list[Buffer]:
         """All buffers in one piece: the system refuses one request beyond its memory, but grants many small ones."""
         config = self._config
         shape = (len(CACHE_KINDS) * config.n_layer, self.batch, config.n_head, capacity, config.head_dim)
         try:
-            return list(np.zeros(shape, np.float32))
+            return list(np.zeros(shape, self._dtype))
         except (MemoryError, ValueError, OverflowError) as error:  # the last two: more than numpy can number
-            needed = config.cache_bytes_per_token * capacity * self.batch
+            needed = config.cache_items_per_token * self._dtype.itemsize * capacity * self.batch
             raise MachineError(
                 f"no memory for a cache of {capacity} tokens x {self.batch} rows ({needed:,} bytes); ask for fewer "
                 "samples at once, or fewer tokens"

@@ -25,11 +25,16 @@ from .errors import ConfigError, PackageError
 
 FORMAT_VERSION = 2
 
-Precision = Literal["fp32", "int8"]
+Precision = Literal["fp32", "int8", "int4"]
 Device = Literal["cpu", "cuda", "tensorrt"]
 Attention = Literal["GroupQueryAttention", "plain"]
 """What a graph does with the keys and values it is given. GroupQueryAttention writes the new ones into the same buffer,
 behind those that are there; plain attention returns them all in a longer tensor of its own."""
+
+CacheType = Literal["float32", "int8"]
+"""How keys and values are stored. int8 takes a quarter of the memory; its scales, one for each channel, stand in the
+graph, which quantizes what it writes and dequantizes what it reads."""
+CACHE_ITEM_BYTES: Mapping[CacheType, int] = {"float32": 4, "int8": 1}
 
 MANIFEST = "manifest.json"
 CONFIG = "config.json"
@@ -39,7 +44,11 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 GENAI_CONFIG = "genai_config.json"
 MODEL_CARD = "MODEL_CARD.md"
 LICENSE = "LICENSE"
-MODEL_FILES: Mapping[Precision, str] = {"fp32": "onnx/model.onnx", "int8": "onnx/model_quantized.onnx"}
+MODEL_FILES: Mapping[Precision, str] = {
+    "fp32": "onnx/model.onnx",
+    "int8": "onnx/model_quantized.onnx",
+    "int4": "onnx/model_q4.onnx",
+}
 """Names that transformers.js, optimum and onnxruntime-genai find without being told."""
 WEIGHTS_SUFFIX = "_data"
 
@@ -52,12 +61,12 @@ CACHE_KINDS = ("key", "value")
 
 
 def past_name(layer: int, kind: str) -> str:
-    """[B, H, P, D] float32, or [B, H, M, D] with M > P for a buffer that the graph writes in place."""
+    """[B, H, P, D] of the package's `CacheType`, or [B, H, M, D], M > P: a buffer that the graph writes in place."""
     return f"past_key_values.{layer}.{kind}"
 
 
 def present_name(layer: int, kind: str) -> str:
-    """[B, H, P + S, D] float32, or the same buffer as the past: see `Attention`."""
+    """[B, H, P + S, D] of the same type, or the same buffer as the past: see `Attention`."""
     return f"present.{layer}.{kind}"
 
 
@@ -114,14 +123,21 @@ class Manifest:
     precision: Precision
     device: Device
     attention: Attention
+    kv_cache: CacheType
     opset: int
     decode_weight_bytes: int
     needs: Needs
     source: Source
+    recipe: Mapping[str, str]  # how the weights were quantized, in words
     tools: Mapping[str, str]
     files: Mapping[str, FileEntry]
     quality: Mapping[str, float] = field(default_factory=dict)
     golden: tuple[GoldenPrompt, ...] = ()
+
+    @property
+    def cache_bytes_per_token(self) -> int:
+        """Bytes of keys and values that one token occupies in the cache, all layers."""
+        return self.config.cache_items_per_token * CACHE_ITEM_BYTES[self.kv_cache]
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,6 +244,8 @@ def _manifest_from_values(values: dict[str, Any]) -> Manifest:
         raise ValueError(f"device {values['device']!r}, expected one of {', '.join(get_args(Device))}")
     if values["attention"] not in get_args(Attention):
         raise ValueError(f"attention {values['attention']!r}, expected one of {', '.join(get_args(Attention))}")
+    if values["kv_cache"] not in CACHE_ITEM_BYTES:
+        raise ValueError(f"kv_cache {values['kv_cache']!r}, expected one of {', '.join(CACHE_ITEM_BYTES)}")
     if type(values["decode_weight_bytes"]) is not int or values["decode_weight_bytes"] < 1:
         raise ValueError(f"decode_weight_bytes {values['decode_weight_bytes']!r}, expected a whole number above 0")
     config, needs = GPT2Config.from_dict(values["config"]), values["needs"]

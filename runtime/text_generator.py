@@ -342,7 +342,12 @@ def open_decoder(package: Package, *, device: Device = "cpu", threads: int | Non
     check_runs_here(package, device=device)
     manifest = package.manifest
     decoder = Decoder.open(
-        package.model_path, manifest.config, attention=manifest.attention, device=device, threads=threads
+        package.model_path,
+        manifest.config,
+        attention=manifest.attention,
+        kv_cache=manifest.kv_cache,
+        device=device,
+        threads=threads,
     )
     if read_manifest(package.folder) != manifest:
         raise PackageError(f"{package.folder} was replaced while it was opened; open it again")

@@ -39,6 +39,12 @@ def demo_int8(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def demo_int4(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo checkpoint as an int4 package: read only."""
+    return converted(DEMO_CHECKPOINT, tmp_path_factory.mktemp("packages"), "int4")
+
+
+@pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two layers of random weights with a tokenizer of bytes: it babbles, and ends a text now and then."""
     return bytes_checkpoint(tmp_path_factory.mktemp("checkpoints") / "tiny", n_vocab=BYTES_AND_END)
@@ -54,6 +60,12 @@ def tiny_fp32(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -
 def tiny_int8(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`tiny_checkpoint` as an int8 package: read only."""
     return converted(tiny_checkpoint, tmp_path_factory.mktemp("packages"), "int8")
+
+
+@pytest.fixture(scope="session")
+def tiny_int4(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`tiny_checkpoint` as an int4 package: read only."""
+    return converted(tiny_checkpoint, tmp_path_factory.mktemp("packages"), "int4")
 
 
 @pytest.fixture

@@ -31,7 +31,12 @@ def test_config_says_what_transformers_would(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("precision", "dtype", "file"), [("fp32", "fp32", "model.onnx"), ("int8", "q8", "model_quantized.onnx")]
+    ("precision", "dtype", "file"),
+    [
+        ("fp32", "fp32", "model.onnx"),
+        ("int8", "q8", "model_quantized.onnx"),
+        ("int4", "q4", "model_q4.onnx"),
+    ],
 )
 def test_transformers_js_finds_the_file_of_its_dtype(
     tmp_path: Path, precision: Precision, dtype: str, file: str
@@ -101,10 +106,12 @@ def card_of(folder: Path, name: str, processor: tuple[str, ...] = ()) -> str:
         precision="int8",
         device="cpu",
         attention="GroupQueryAttention",
+        kv_cache="float32",
         opset=21,
         decode_weight_bytes=123_456_789,
         needs=Needs(onnxruntime="1.2.3", processor=processor),
         source=Source(name=name, layout="safetensors", fingerprint="f00d"),
+        recipe={"weights": "weights int8", "calibration": "calibrated on 3 tokens"},
         tools={"gpt2-edge": "9.9"},
         files={
             "onnx/model_quantized.onnx": FileEntry(500_000, ""),

@@ -27,7 +27,7 @@ def test_the_parameter_count_is_what_a_checkpoint_holds(tied: bool) -> None:
 
 
 def test_774m_takes_369_kb_of_cache_for_each_token() -> None:
-    assert OFFICIAL_SIZES["774M"].cache_bytes_per_token == 2 * 36 * 1280 * 4 == 368_640
+    assert OFFICIAL_SIZES["774M"].cache_items_per_token == 2 * 36 * 1280 == 92_160
 
 
 def test_heads_are_64_wide_in_every_official_size() -> None:

@@ -16,8 +16,8 @@ from onnx import TensorProto
 
 from export.graph import HEAD_DIM_STEP, build_graph
 from export.onnx_builder import ALIGNMENT, WeightsFile
-from export.products import HEAD_BLOCK_SIZES
 from export.reference import reference_logits
+from quantization.recipes import TABLE_BLOCK_SIZES
 from runtime.config import GPT2Config
 from runtime.decoder import Decoder
 from runtime.errors import ConfigError
@@ -30,11 +30,14 @@ FP32_ERROR = 1e-5
 INT8_ERROR = 0.15
 """Between int8 logits and the oracle's, likewise. Measured: 0.069."""
 
-PADDING_ERROR: Mapping[Precision, float] = {"fp32": 2e-6, "int8": 0.05}
+INT4_ERROR = 1.5
+"""Likewise, rounded plainly. Measured: 0.84."""
+
+PADDING_ERROR: Mapping[Precision, float] = {"fp32": 2e-6, "int8": 0.05, "int4": 0.05}
 """Between a row among padding and the row alone. Measured: 5e-7 and 0; but where the float error is not 0, it may turn
 a rounding of int8. A wrong mask costs 1.4."""
 
-PRECISIONS: tuple[Precision, ...] = ("fp32", "int8")
+PRECISIONS: tuple[Precision, ...] = ("fp32", "int8", "int4")
 CONFIG = tiny_config()
 VARIANTS: Mapping[str, GPT2Config] = {
     "plain": CONFIG,
@@ -203,7 +206,7 @@ def test_fp32_stores_every_parameter_once(tmp_path: Path, tied: bool) -> None:
 def test_int8_stores_bytes_and_scales(tmp_path: Path, tied: bool, n_head: int) -> None:
     config = replace(CONFIG, n_head=n_head, n_embd=8 * n_head, tie_word_embeddings=tied)
     sizes = stored(write_model(tmp_path, config, tiny_weights(config), "int8"))
-    embd, inner, block = config.n_embd, config.n_inner, HEAD_BLOCK_SIZES[-1]
+    embd, inner, block = config.n_embd, config.n_inner, TABLE_BLOCK_SIZES["int8"][-1]
     blocks = -(-embd // block)
     tables = (1 if tied else 2) * config.n_vocab * blocks * (block + 4)
     matrices = config.n_layer * (4 * embd * embd + 2 * embd * inner)
@@ -234,7 +237,7 @@ def test_the_same_weights_give_the_same_bytes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", FP32_ERROR), ("int8", INT8_ERROR)])
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", FP32_ERROR), ("int8", INT8_ERROR), ("int4", INT4_ERROR)])
 def test_equals_the_oracle(tmp_path: Path, variant: str, precision: Precision, tolerance: float) -> None:
     config = VARIANTS[variant]
     decoder = tiny_decoder(tmp_path, config, precision)

@@ -229,7 +229,15 @@ def test_a_checkpoint_with_faults_is_one_line(tmp_path: Path, capsys: Capture) -
 
 
 @pytest.mark.parametrize(
-    ("name", "tolerance"), [("demo_fp32", 0.01), ("demo_int8", 0.01), ("tiny_fp32", 0.05), ("tiny_int8", 0.05)]
+    ("name", "tolerance"),
+    [
+        ("demo_fp32", 0.01),
+        ("demo_int8", 0.01),
+        ("demo_int4", 0.01),
+        ("tiny_fp32", 0.05),
+        ("tiny_int8", 0.05),
+        ("tiny_int4", 0.05),
+    ],
 )
 def test_the_size_of_a_package_is_known_before_it_is_made(
     request: pytest.FixtureRequest, name: str, tolerance: float

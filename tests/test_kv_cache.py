@@ -28,7 +28,7 @@ def fill(cache: KVCache, value: float = 1.0) -> None:
 def test_a_cache_holds_what_was_asked_for_and_no_more(batch: int) -> None:
     cache = KVCache(CONFIG, batch=batch, capacity=10)
     assert (cache.batch, cache.capacity) == (batch, 10)
-    assert total_bytes(cache) == batch * 10 * CONFIG.cache_bytes_per_token
+    assert total_bytes(cache) == batch * 10 * CONFIG.cache_items_per_token * 4
 
 
 def test_buffers_are_named_as_the_graph_names_them_layer_by_layer() -> None:

@@ -1,4 +1,4 @@
-"""Planted outliers are there and change nothing in float; int8 either bears them, or says that it does not."""
+"""Planted outliers are there and change nothing in float; quantized models bear them."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ from export import reference
 from export.checkpoint import read_checkpoint
 from export.convert import convert
 from export.reference import reference_logits
-from export.verification import INT8_MAX_KL
 from quantization.divergence import kl_divergence
 from runtime.config import Activation, GPT2Config
-from runtime.errors import VerificationError
+from runtime.package import Precision
 from runtime.text_generator import TextGenerator
 
 from .conftest import DEMO_CHECKPOINT
@@ -27,6 +26,9 @@ from .tiny import tiny_config, tiny_weights, write_safetensors_checkpoint
 
 LARGEST_CHANGE = 1e-3
 """Of a logit, in standard deviations of its position's logits."""
+
+BORNE = 3.0
+"""Times its loss without outliers that a quantized model may lose with them. Measured: BORNE8."""
 
 Weights = Mapping[str, NDArray[np.float32]]
 Model = tuple[GPT2Config, Weights]
@@ -106,21 +108,21 @@ def test_every_layer_has_large_features_behind_its_activation(model: Model, monk
         assert features[:, -CHANNELS:].min() >= FACTOR * np.abs(features[:, :-CHANNELS]).mean()
 
 
-def test_int8_bears_outliers_or_is_refused(plant: Plant, tmp_path: Path) -> None:
-    """What is published keeps the bar on other tokens too; what is not, is refused with the loss and a way on."""
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_a_quantized_model_bears_outliers(
+    request: pytest.FixtureRequest, plant: Plant, tmp_path: Path, precision: Precision
+) -> None:
+    """It loses about as much as without them, on a text that no part of the conversion saw."""
     original = read_checkpoint(DEMO_CHECKPOINT)
     config, weights = plant(original.config, dict(original.tensors))
     checkpoint = write_safetensors_checkpoint(tmp_path / "model", config, weights, tokenizer_dir=DEMO_CHECKPOINT)
-    try:
-        package = convert(checkpoint, tmp_path / "package").package
-    except VerificationError as error:
-        assert "int8 loses too much on this model" in str(error)
-        assert "--precision fp32" in str(error)
-        assert not (tmp_path / "package").exists()
-        return
-    generator = TextGenerator.load(package)
-    sampling = replace(generator.default_sampling, seed=0)
-    ids = np.array(generator.generate("The", max_new_tokens=255, sampling=sampling).samples[0].ids, np.int64)
+    planted = TextGenerator.load(convert(checkpoint, tmp_path / "package", precision=precision).package)
+    plain = TextGenerator.load(request.getfixturevalue(f"demo_{precision}"))
+    sampling = replace(plain.default_sampling, seed=3)
+    ids = np.array(plain.generate("The", max_new_tokens=400, sampling=sampling).samples[0].ids, np.int64)
     (expected,) = reference_logits(original.config, original.tensors, [ids])
-    got = np.concatenate([logits.copy() for logits in generator.decoder.logits(ids)])
-    assert kl_divergence(expected, got).mean() <= INT8_MAX_KL
+    kl = [
+        kl_divergence(expected, np.concatenate([logits.copy() for logits in generator.decoder.logits(ids)])).mean()
+        for generator in (plain, planted)
+    ]
+    assert kl[1] <= BORNE * kl[0]

@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
+from quantization.blocks import Blocks
+from quantization.grid import SMALLEST_PEAK
 from quantization.int8 import (
     ELEMENTS_PER_STEP,
     INT8_MAX,
-    SMALLEST_PEAK,
     ZERO_POINT,
-    Int8Blocks,
     Int8Columns,
     quantize_blocks,
     quantize_columns,
@@ -38,7 +38,7 @@ def dequantized_columns(columns: Int8Columns) -> NDArray[np.float64]:
     return columns.values.astype(np.float64) * columns.scale
 
 
-def dequantized_blocks(blocks: Int8Blocks, n_columns: int) -> NDArray[np.float64]:
+def dequantized_blocks(blocks: Blocks, n_columns: int) -> NDArray[np.float64]:
     steps = blocks.values.astype(np.float64) - ZERO_POINT
     result: NDArray[np.float64] = (steps * blocks.scale[:, :, None]).reshape(len(steps), -1)[:, :n_columns]
     return result

@@ -10,8 +10,8 @@ import pytest
 
 from export.graph import build_graph
 from export.onnx_builder import WeightsFile
-from export.products import head_block_size
 from export.step_weights import decode_weight_bytes
+from quantization.recipes import table_block_size
 from runtime.config import GPT2Config
 from runtime.package import Precision, read_manifest
 
@@ -41,7 +41,7 @@ def test_int8_reads_a_byte_a_weight_and_the_scales(tmp_path: Path, tied: bool) -
     matrices = 4 * width * width + 2 * width * inner
     columns = 3 * width + width + inner + width
     biases, norms = columns, 4 * width
-    block = head_block_size(width)
+    block = table_block_size(width, "int8")
     head = config.n_vocab * width * (1 + 4 / block)
     expected = layers * (matrices + 4 * (columns + biases + norms)) + 4 * 2 * width + head
     assert 0 <= decode_weight_bytes(graph_of(tmp_path, config, "int8")) - expected < BYTES_OF_CONSTANTS

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from export.reference import reference_logits
 from export.verification import (
     FP32_TOLERANCE,
     GREEDY_TOKENS,
-    INT8_MAX_KL,
+    MAX_KL,
     PROMPT_TOKENS,
     PROMPTS,
     REPLAY_FLOOR,
@@ -106,7 +107,7 @@ def test_a_graph_of_another_config_is_caught(
         check(verify_decoder(decoder, tokenizer, tensors, "fp32"), "fp32")
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize("precision", get_args(Precision))
 def test_a_graph_of_other_weights_is_caught(
     tmp_path: Path, config: GPT2Config, tokenizer: Tokenizer, precision: Precision
 ) -> None:
@@ -127,7 +128,7 @@ def test_one_wrong_weight_in_one_prompt_is_caught(tmp_path: Path, config: GPT2Co
     assert np.isnan(measured.largest_difference)
     assert np.isnan(measured.largest_relative_difference)
     assert np.isnan(measured.kl)
-    for precision in ("fp32", "int8"):
+    for precision in get_args(Precision):
         with pytest.raises(VerificationError):
             check(measured, precision, allow_loss=True)
 
@@ -135,7 +136,7 @@ def test_one_wrong_weight_in_one_prompt_is_caught(tmp_path: Path, config: GPT2Co
 def test_a_model_of_zeros_is_itself(tmp_path: Path, config: GPT2Config, tokenizer: Tokenizer) -> None:
     """All logits are equal: there is no spread to measure a difference in."""
     zeros = {name: np.zeros_like(values) for name, values in tiny_weights(config).items()}
-    for precision in ("fp32", "int8"):
+    for precision in get_args(Precision):
         check(verify_decoder(decoder_of(tmp_path, config, zeros, precision), tokenizer, zeros, precision), precision)
 
 
@@ -146,8 +147,9 @@ def test_a_model_of_zeros_is_itself(tmp_path: Path, config: GPT2Config, tokenize
     ("precision", "passes"),
     [
         ("fp32", verification(relative=FP32_TOLERANCE)),
-        ("int8", verification(kl=INT8_MAX_KL)),
+        ("int8", verification(kl=MAX_KL["int8"])),
         ("int8", verification(relative=1.0, greedy=0.5)),
+        ("int4", verification(kl=MAX_KL["int4"])),
     ],
 )
 def test_the_bars_are_inclusive(precision: Precision, passes: Verification) -> None:
@@ -162,6 +164,11 @@ def test_the_bars_are_inclusive(precision: Precision, passes: Verification) -> N
         ("fp32", verification(greedy=0.5, faults=8), "50.0% of its greedy ids agree"),
         ("int8", verification(kl=0.03), "KL 0.0300 nats a token, expected at most 0.02; convert with --precision fp32"),
         ("int8", verification(kl=float("nan")), "KL nan nats a token"),
+        (
+            "int4",
+            verification(kl=0.2),
+            "int4 loses too much on this model: KL 0.2000 nats a token, expected at most 0.1;",
+        ),
     ],
 )
 def test_beyond_the_bars_is_refused(precision: Precision, fails: Verification, message: str) -> None:
@@ -212,7 +219,7 @@ def test_progress_counts_prompts_and_layers(tmp_path: Path, config: GPT2Config, 
 # What the package carries
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize("precision", get_args(Precision))
 def test_golden_prompts_hold_what_the_oracle_and_the_package_gave(
     request: pytest.FixtureRequest, tiny_checkpoint: Path, precision: Precision
 ) -> None:

@@ -47,7 +47,9 @@ class Engine:
 
 
 def prepare_ours(python: Path, checkpoint: Path, kind: str, model: Path) -> None:
-    call(python, "-m", "export.convert", checkpoint, "--precision", kind, "--output", model)
+    precision, _, cache = kind.partition("-")  # "int8-kv8": its keys and values too
+    kv_cache = ("--kv-cache", "int8") if cache else ()
+    call(python, "-m", "export.convert", checkpoint, "--precision", precision, *kv_cache, "--output", model)
 
 
 def prepare_openvino(python: Path, checkpoint: Path, kind: str, model: Path) -> None:
@@ -115,9 +117,13 @@ ENGINES = {
     engine.name: engine
     for engine in (
         Engine(GPT2_EDGE, "int8", 8),
+        Engine(GPT2_EDGE, "int8-kv8", 8),
+        Engine(GPT2_EDGE, "int4", 4),
         Engine(GPT2_EDGE, "fp32", 32),
         Engine(OPENVINO_GENAI, "int8", 8),
+        Engine(OPENVINO_GENAI, "int4", 4),
         Engine(LLAMA_CPP, "Q8_0", 8),
+        Engine(LLAMA_CPP, "Q4_0", 4),
         Engine(CTRANSLATE2, "int8", 8),
         Engine(OPTIMUM, "int8", 8),
         Engine(OPTIMUM, "fp32", 32),

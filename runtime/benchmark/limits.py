@@ -41,7 +41,7 @@ def bytes_per_step(manifest: Manifest, runs: Sequence[RunTimes]) -> float | None
     if not steps:
         return None
     tokens = float(np.mean([sum(run.prompt_tokens) + len(run.prompt_tokens) * (steps + 1) / 2 for run in runs]))
-    return manifest.decode_weight_bytes + manifest.config.cache_bytes_per_token * tokens
+    return manifest.decode_weight_bytes + manifest.cache_bytes_per_token * tokens
 
 
 @dataclass(frozen=True, slots=True)

@@ -151,7 +151,7 @@ def _working_set(contender: Contender, workload: Workload) -> tuple[int, int]:
     """Threads, and about how much they read for one step, to two digits: as large a buffer is what a probe reads."""
     manifest = contender.placement.package.manifest
     tokens = workload.batch * (workload.prompt_tokens or manifest.config.n_ctx // 2)
-    size = min(manifest.decode_weight_bytes + manifest.config.cache_bytes_per_token * tokens, LARGEST_READ_BYTES)
+    size = min(manifest.decode_weight_bytes + manifest.cache_bytes_per_token * tokens, LARGEST_READ_BYTES)
     return contender.placement.threads, int(float(f"{size:.1e}"))
 
 

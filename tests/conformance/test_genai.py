@@ -24,6 +24,11 @@ def test_a_prompt_is_continued_as_we_do(package: Path, genai: Any) -> None:
     assert written == our_greedy_ids(package, prompts)
 
 
+def test_an_int4_package_is_continued_as_we_do(demo_int4: Path, genai: Any) -> None:
+    """In one run only: 4-bit products of another number of rows are summed in another order."""
+    test_a_prompt_is_continued_as_we_do(demo_int4, genai)
+
+
 def test_a_prompt_in_two_parts_is_continued_as_we_do(package: Path, genai: Any) -> None:
     model = genai.Model(str(package))
     prompts = [prompt for prompt in encode(package) if len(prompt) >= 4]

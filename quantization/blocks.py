@@ -1,0 +1,33 @@
+"""Blocks: a matrix in codes of 4 or 8 bits, one scale for so many neighbours of a row, as MatMulNBits reads them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .grid import Float32Array, Grid
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """A [N, K] matrix: weight = (code - 2^(bits - 1)) * scale. A tail that fills no block is padded with zeros."""
+
+    values: NDArray[np.uint8]  # [N, ceil(K / size), size * bits / 8]; of two codes in a byte the lower bits come first
+    scale: Float32Array  # [N, ceil(K / size)]
+    bits: int
+    size: int  # codes that share a scale
+    n_columns: int  # K
+
+
+def blocks_of_grid(weight: Float32Array, grid: Grid, *, bits: int) -> Blocks:
+    """Store the transpose of a [K, N] matrix that lies on a grid of groups along K."""
+    n_rows, n_columns = weight.shape
+    middle = np.float32(2 ** (bits - 1))
+    codes = np.full((-(-n_rows // grid.group) * grid.group, n_columns), middle, np.float32)
+    codes[:n_rows] += grid.codes(weight)
+    values = np.ascontiguousarray(codes.T.astype(np.uint8)).reshape(n_columns, -1, grid.group)
+    if bits == 4:
+        values = values[:, :, 0::2] | values[:, :, 1::2] << 4
+    return Blocks(values, np.ascontiguousarray(grid.scale.T), bits, grid.group, n_rows)
