@@ -17,8 +17,6 @@ from importlib.metadata import version
 from pathlib import Path, PurePath
 from typing import Any
 
-from tqdm import tqdm
-
 import runtime
 from runtime.command_line import CommandLineParser, print_json, run_command
 from runtime.decoder import Decoder
@@ -50,6 +48,7 @@ from .download import Progress
 from .fingerprint import FingerprintedTensors
 from .onnx_builder import WeightsFile
 from .products import Tensors
+from .progress_bar import ProgressBar
 from .publish import refuse_to_replace, staged
 from .resolve import FoundCheckpoint, find_checkpoint
 from .step_weights import decode_weight_bytes
@@ -353,7 +352,7 @@ def _convert(options: argparse.Namespace) -> int:
             f"--device {options.device}: this version makes packages for the CPU only; leave --device out"
         )
     origin: GraphOrigin = "adopted" if options.from_onnx else "optimum" if options.exporter == "optimum" else "built"
-    with _Bar() as bar:
+    with ProgressBar() as bar:
         if options.from_onnx:
             found = FoundCheckpoint(options.from_onnx, options.from_onnx.resolve().name)
         else:
@@ -388,33 +387,6 @@ def _print(conversion: Conversion) -> None:
         f"same most probable token {verification.top1:.1%}, logits off by at most {verification.largest_difference:.2g}"
     )
     print(f'try: python -m runtime.generate {conversion.package} "Once upon a time"')
-
-
-class _Bar:
-    """The bar on stderr, one for each kind of work; none where stderr is no terminal."""
-
-    def __init__(self) -> None:
-        self._bar: tqdm[Any] | None = None
-
-    def __enter__(self) -> _Bar:
-        return self
-
-    def __exit__(self, *_error: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-    def show(self, what: str, done: int, total: int) -> None:
-        if self._bar is None or self._bar.desc != what:
-            self.__exit__()
-            self._bar = tqdm(
-                desc=what,
-                total=total,
-                unit_scale=True,
-                disable=None,
-                bar_format="{desc} {percentage:3.0f}% {bar} {elapsed}",
-            )
-            self._bar.desc = what
-        self._bar.update(done - self._bar.n)
 
 
 if __name__ == "__main__":

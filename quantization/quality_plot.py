@@ -39,13 +39,16 @@ def check_plot_file(path: Path) -> None:
         ) from error
 
 
-def write_plot(path: Path, rows: Sequence[dict[str, Any]], *, title: str) -> None:
+def write_plot(
+    path: Path, rows: Sequence[dict[str, Any]], *, title: str, speed: str = "tokens/s while scoring"
+) -> None:
     """Draw packages by speed and quality and write the picture.
 
     Args:
         path: ends with one of `SUFFIXES`.
-        rows: what `quantization.evaluate` measured.
+        rows: what `quantization.evaluate` or `export.tune` measured.
         title: what they were judged on.
+        speed: what their `tokens_per_s` is.
     Raises:
         OSError: the file cannot be written.
     """
@@ -63,5 +66,5 @@ def write_plot(path: Path, rows: Sequence[dict[str, Any]], *, title: str) -> Non
     figure.legend(loc="outside right upper")  # names beside the discs would cover each other
     axes.margins(0.2)
     axes.grid(alpha=0.3)
-    axes.set(title=title, xlabel="tokens/s while scoring (higher is better)", ylabel=AXES[metric])
+    axes.set(title=title, xlabel=f"{speed} (higher is better)", ylabel=AXES[metric])
     figure.savefig(path, dpi=150)
