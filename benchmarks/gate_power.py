@@ -1,6 +1,6 @@
 """What a comparison with a baseline package is worth: how often it sees a slow-down that is there, and one that is not.
 
-    scripts/bench gate_power PACKAGE [--trials 20] [--slow-down 0.10] [--runs 24] [--prompt-tokens 64] [--new-tokens 16]
+    scripts/bench gate_power PACKAGE [--trials 20] [--slow-down 0.10] [--runs 32] [--prompt-tokens 64] [--new-tokens 16]
 
 Each trial is one comparison as `python -m runtime.benchmark PACKAGE --baseline PACKAGE` makes it, of the package with
 itself; in every other trial the first of the two sleeps in a logits callback, before each token, for a share of its own
@@ -89,7 +89,7 @@ def main() -> int:
     parser.add_argument("--trials", type=whole_number(1), default=20, metavar="N", help="of each kind; default 20")
     parser.add_argument("--slow-down", type=float, default=0.10, metavar="SHARE", help="of a step's time; default 0.10")
     parser.add_argument(
-        "--runs", type=whole_number(8), default=3 * LOADS, metavar="N", help=f"of a comparison; default {3 * LOADS}"
+        "--runs", type=whole_number(LOADS), default=2 * LOADS, metavar="N", help=f"of a comparison; default {2 * LOADS}"
     )
     parser.add_argument("--prompt-tokens", type=whole_number(1), default=64, metavar="N")
     parser.add_argument("--new-tokens", type=whole_number(2), default=16, metavar="N")

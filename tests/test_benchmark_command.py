@@ -121,7 +121,7 @@ def test_limits_that_are_kept_are_status_0(tiny_int8: Path, capsys: Capture) -> 
 
 
 def test_a_package_runs_beside_its_baseline(tiny_int8: Path, tiny_fp32: Path, capsys: Capture) -> None:
-    arguments = (*QUICK, "--runs", 8, "--baseline", tiny_fp32, "--tolerance", 0.99)  # any speed will do
+    arguments = (*QUICK, "--runs", 16, "--baseline", tiny_fp32, "--tolerance", 0.99)  # any speed will do
     result = report(capsys, tiny_int8, *arguments)
     assert [each["figure"] for each in result["comparisons"]] == ["ttft_ids_ms", "itl_ms"]
     assert [row["precision"] for row in result["baseline_rows"]] == ["fp32"]
@@ -130,8 +130,8 @@ def test_a_package_runs_beside_its_baseline(tiny_int8: Path, tiny_fp32: Path, ca
 
 def test_a_report_is_a_baseline_for_the_next(tiny_int8: Path, tmp_path: Path, capsys: Capture) -> None:
     saved = tmp_path / "report.json"
-    saved.write_text(json.dumps(report(capsys, tiny_int8, *QUICK, "--runs", 8)))
-    arguments = (*QUICK, "--runs", 8, "--baseline", saved, "--tolerance", 0.8)
+    saved.write_text(json.dumps(report(capsys, tiny_int8, *QUICK, "--runs", 16)))
+    arguments = (*QUICK, "--runs", 16, "--baseline", saved, "--tolerance", 0.8)
     result = report(capsys, tiny_int8, *arguments)
     assert {each["figure"] for each in result["comparisons"]} == {"ttft_ids_ms", "itl_ms"}
     assert {each["tolerance"] for each in result["comparisons"]} == {0.9}
@@ -188,8 +188,8 @@ def test_figures_are_explained(capsys: Capture) -> None:
         (["--slo", "itl_p50_ms=1", "--new-tokens", "1"], "needs --new-tokens of 2 or more"),
         (["--slo", "load_ms=1", "--load-runs", "0"], "needs --load-runs of 1 or more"),
         (["--baseline", "nowhere"], "--baseline nowhere: no such package or report"),
-        (["--baseline", "tests/tiny.py", "--runs", "8"], "is neither a package nor a report"),
-        (["--baseline", "tests", "--runs", "8"], "a folder without a manifest is no package"),
+        (["--baseline", "tests/tiny.py", "--runs", "16"], "is neither a package nor a report"),
+        (["--baseline", "tests", "--runs", "16"], "a folder without a manifest is no package"),
         (["--other-machine"], "--other-machine goes with --baseline FILE"),
         (["--tolerance", "2"], "--tolerance 2.0 is no share from 0 to 1"),
         (["--prompts", "nowhere"], "--prompts nowhere: cannot be read"),
@@ -216,7 +216,7 @@ def test_a_package_named_twice_is_refused(tiny_int8: Path, capsys: Capture) -> N
 
 def test_few_runs_are_no_comparison(tiny_int8: Path, capsys: Capture) -> None:
     message = refused(capsys, tiny_int8, *QUICK, "--baseline", tiny_int8)
-    assert "--runs 2: a comparison needs at least 8" in message
+    assert "--runs 2: a comparison needs at least 16" in message
 
 
 @pytest.mark.parametrize(("content", "message"), [(b"\xff\n", "byte 0 is no UTF-8"), (b"\n\n", "holds no prompt")])

@@ -33,7 +33,7 @@ from .rounds import Contender, Measured, measure
 from .timing import DEFINITIONS
 from .workload import Workload
 
-RUNS, RUNS_OF_A_COMPARISON = 6, 3 * LOADS
+RUNS, RUNS_OF_A_COMPARISON = 6, 2 * LOADS
 LOADS_OF_A_SWEEP = 3
 """One after the other: see `rounds.measure`."""
 
