@@ -125,7 +125,7 @@ def test_a_package_runs_beside_its_baseline(tiny_int8: Path, tiny_fp32: Path, ca
     result = report(capsys, tiny_int8, *arguments)
     assert [each["figure"] for each in result["comparisons"]] == ["ttft_ids_ms", "itl_ms"]
     assert [row["precision"] for row in result["baseline_rows"]] == ["fp32"]
-    assert result["receipt"]["loads"] == 8
+    assert result["receipt"]["loads"] == 16
 
 
 def test_a_report_is_a_baseline_for_the_next(tiny_int8: Path, tmp_path: Path, capsys: Capture) -> None:
