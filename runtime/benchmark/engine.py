@@ -147,7 +147,7 @@ class _Process(Generic[Result]):
 def _report_errors(target: Any, pipe: Connection, *arguments: Any) -> None:
     """The child's first function."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the parent says what is to be done
-    with suppress(EOFError, BrokenPipeError):  # the parent is done
+    with suppress(EOFError, ConnectionError):  # the parent is done, or was interrupted before it read our answer
         try:
             target(pipe, *arguments)
         except GPT2EdgeError as error:
