@@ -140,7 +140,7 @@ def choose_token(logits: Float32Array, options: SamplingOptions, uniform: float)
         kept = np.arange(logits.size)
         weights = _weights(logits, options.temperature)
     if options.top_p < 1:
-        nucleus = _nucleus(weights, options.top_p)
+        nucleus = _nucleus(weights, logits[kept], options.top_p)
         kept, weights = kept[nucleus], weights[nucleus]
     cumulative = _cumulative(weights)
     return int(kept[np.searchsorted(cumulative, uniform * cumulative[-1], side="right")])
@@ -191,11 +191,11 @@ def _weights(logits: Float32Array, temperature: float) -> Float32Array:
     return weights
 
 
-def _nucleus(weights: Float32Array, top_p: float) -> Int64Array:
+def _nucleus(weights: Float32Array, logits: Float32Array, top_p: float) -> Int64Array:
     """Find the fewest largest weights whose sum is at least top_p of the whole, as transformers' TopPLogitsWarper does.
 
     One histogram stands in for the sort: the upper bits of a float32 >= 0 order it coarsely, so whole bins are taken
-    from the top, and only the bin in which the sum reaches its goal is ranked.
+    from the top, and only the bin in which the sum reaches its goal is ranked: by logit, for weights round to equals.
 
     Returns:
         Indices, [n] int64, n >= 1.
@@ -205,7 +205,7 @@ def _nucleus(weights: Float32Array, top_p: float) -> Int64Array:
     goal = top_p * from_top[-1]
     border = from_top.size - 1 - np.searchsorted(from_top, goal)
     above, at_border = np.flatnonzero(bins > border), np.flatnonzero(bins == border)
-    at_border = at_border[np.argsort(-weights[at_border], kind="stable")]
+    at_border = at_border[np.argsort(-logits[at_border], kind="stable")]
     reached = weights[above].sum(dtype=np.float64) + _cumulative(weights[at_border])
     return np.concatenate([above, at_border[: np.searchsorted(reached, goal) + 1]])
 

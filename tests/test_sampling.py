@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -36,8 +36,9 @@ def expected_probabilities(logits: Float32Array, options: SamplingOptions) -> Fl
     ranked = ranked[: options.top_k or None]
     weights = np.exp(scaled[ranked] - scaled[ranked[0]])
     weights /= weights.sum()
-    before = np.cumsum(weights) - weights
-    weights[before >= options.top_p] = 0
+    if options.top_p < 1:  # else a token behind a sum that rounds to 1 would be dropped
+        before = np.cumsum(weights) - weights
+        weights[before >= options.top_p] = 0
     probabilities = np.zeros(logits.size)
     probabilities[ranked] = weights / weights.sum()
     return probabilities
@@ -104,6 +105,8 @@ def test_top_k_of_one_is_greedy_even_among_equals(logits: Float32Array, uniform:
     st.integers(0, 400),
     st.sampled_from([0.05, 0.5, 0.9, 0.999, 1.0]),
 )
+@example(np.array([0, 27], np.float32), 0.0, 0.7, 0, 1.0)  # the first is rare, and must not be lost to rounding
+@example(np.array([0, 2e-16], np.float32), 0.0, 0.01, 0, 0.05)  # two logits, one float32 weight
 def test_chosen_token_is_one_that_the_rules_keep(
     logits: Float32Array, uniform: float, temperature: float, top_k: int, top_p: float
 ) -> None:
