@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from runtime.benchmark.command import RUNS_OF_A_COMPARISON
 from runtime.benchmark.comparison import LOADS, TOLERANCE, Comparison, compare_packages
 from runtime.benchmark.engine import Engine, Placement
 from runtime.benchmark.rounds import Contender, measure
@@ -89,7 +90,11 @@ def main() -> int:
     parser.add_argument("--trials", type=whole_number(1), default=20, metavar="N", help="of each kind; default 20")
     parser.add_argument("--slow-down", type=float, default=0.10, metavar="SHARE", help="of a step's time; default 0.10")
     parser.add_argument(
-        "--runs", type=whole_number(LOADS), default=2 * LOADS, metavar="N", help=f"of a comparison; default {2 * LOADS}"
+        "--runs",
+        type=whole_number(LOADS),
+        default=RUNS_OF_A_COMPARISON,
+        metavar="N",
+        help=f"of a comparison; default {RUNS_OF_A_COMPARISON}",
     )
     parser.add_argument("--prompt-tokens", type=whole_number(1), default=64, metavar="N")
     parser.add_argument("--new-tokens", type=whole_number(2), default=16, metavar="N")

@@ -39,7 +39,7 @@ from benchmarks.comparison.report import (
 )
 from export.checkpoint_config import read_hf_config
 from runtime.benchmark.machine import processor_name
-from runtime.command_line import CommandLineParser, print_json, run_command, whole_number, whole_numbers
+from runtime.command_line import CommandLineParser, print_json, run_command, some_of, whole_number, whole_numbers
 from runtime.config import GPT2Config
 from runtime.errors import CheckpointError, RequestError
 
@@ -196,7 +196,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("checkpoint", type=Path, nargs="?", help=f"a folder that has {', '.join(NEEDED_FILES)}")
     parser.add_argument("--readme", action="store_true", help="measure nothing; rewrite the README's section")
     parser.add_argument("--prepare", action="store_true", help="measure nothing; install and convert what is missing")
-    parser.add_argument("--engines", type=_engine_names, default=list(ENGINES), metavar="NAME,..", help="default: all")
+    parser.add_argument(
+        "--engines", type=some_of("engine", ENGINES), default=list(ENGINES), metavar="NAME,..", help="default: all"
+    )
     parser.add_argument(
         "--prompt-tokens", type=whole_numbers, default=[128, 900], metavar="N,..", help="default: 128,900"
     )
@@ -225,14 +227,6 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if options.readme == (options.checkpoint is not None):
         parser.error("name either a checkpoint or --readme")
     return options
-
-
-def _engine_names(text: str) -> list[str]:
-    names = list(dict.fromkeys(text.split(",")))
-    unknown = [name for name in names if name not in ENGINES]
-    if unknown:
-        raise argparse.ArgumentTypeError(f"no engine {', '.join(unknown)}, expected some of {', '.join(ENGINES)}")
-    return names
 
 
 if __name__ == "__main__":

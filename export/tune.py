@@ -12,14 +12,15 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
-from quantization.bars import Bar, read_bars
+from quantization.bars import Bar, misses, read_bars
 from quantization.datasets import read_text
-from quantization.perplexity import TextQuality, count_scored, cut_windows, encode_text, score_text, summarize
+from quantization.evaluate import MEASURED, MEASURED_AGAINST_REFERENCE
+from quantization.perplexity import TextQuality, encode_text, judge_text
 from quantization.quality_plot import check_plot_file, write_plot
 from quantization.scored_package import Int64Array, ScoredPackage
 from runtime.benchmark.engine import Placement
@@ -27,7 +28,7 @@ from runtime.benchmark.gates import Limit, parse_limits
 from runtime.benchmark.report import Row
 from runtime.benchmark.rounds import Contender, measure
 from runtime.benchmark.workload import Workload
-from runtime.command_line import CommandLineParser, print_json, run_command, whole_number
+from runtime.command_line import CommandLineParser, ProgressLine, print_json, run_command, some_of, whole_number
 from runtime.errors import RequestError, VerificationError
 from runtime.package import CacheType, Precision, open_package
 from runtime.session import available_processors
@@ -49,9 +50,6 @@ RECIPES: Mapping[str, tuple[Precision, CacheType]] = {
     "int4-kv8": ("int4", "int8"),
 }
 """What is tried: the name of a candidate -> what it is converted to."""
-
-MEASURED = ("kl", "top1", "top5", "perplexity", "perplexity_change", "bits_per_byte")
-"""What can be a bar."""
 
 DEFAULT_BAR = "kl=0.02"
 
@@ -81,11 +79,11 @@ class Candidate:
         return self.speed.itl_ms.p50
 
     @property
-    def costs(self) -> tuple[int, float, float]:
-        """(bytes on disk, milliseconds a token, KL): the less of each, the better."""
-        return self.speed.disk_bytes, self.ms_per_token, self.kl
+    def costs(self) -> tuple[float, ...]:
+        """What `PREFERENCES` names, in their order: the less of each, the better."""
+        return tuple(cost(self) for cost in PREFERENCES.values())
 
-    def to_dict(self, candidates: Sequence[Candidate]) -> dict[str, Any]:
+    def to_dict(self, *, on_frontier: bool) -> dict[str, Any]:
         """The row for `--json` and `--plot`."""
         return {
             "package": self.name,
@@ -95,7 +93,7 @@ class Candidate:
             "ms_per_token": self.ms_per_token,
             "peak_rss_bytes": self.speed.peak_rss_bytes,
             **asdict(self.quality),
-            "on_frontier": self in frontier(candidates),
+            "on_frontier": on_frontier,
             "missed": list(self.missed),
         }
 
@@ -140,12 +138,17 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--tokens", type=whole_number(1), metavar="N", help="the text's first N tokens; default: all")
     parser.add_argument(
-        "--try", type=_names, default=list(RECIPES), dest="names", metavar="NAME,..", help="default: all"
+        "--try",
+        type=some_of("recipe", RECIPES),
+        default=list(RECIPES),
+        dest="names",
+        metavar="NAME,..",
+        help="default: all",
     )
     parser.add_argument(
         "--bar", default=DEFAULT_BAR, metavar="NAME=VALUE,..", help=f"quality to keep; default: {DEFAULT_BAR}"
     )
-    parser.add_argument("--slo", default="", metavar="NAME=VALUE,..", help="times and sizes to keep: itl_p50_ms=20")
+    parser.add_argument("--slo", metavar="NAME=VALUE,..", help="times and sizes to keep: itl_p50_ms=20")
     parser.add_argument(
         "--prefer", choices=list(PREFERENCES), default="speed", help="what counts among those that do; default: speed"
     )
@@ -166,47 +169,48 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _names(text: str) -> list[str]:
-    names = list(dict.fromkeys(text.split(",")))
-    unknown = [name for name in names if name not in RECIPES]
-    if unknown:
-        raise argparse.ArgumentTypeError(f"no recipe {unknown[0]}, expected some of {', '.join(RECIPES)}")
-    return names
-
-
 def _tune(options: argparse.Namespace) -> int:
     if options.plot:
         check_plot_file(options.plot)
-    bars, limits = read_bars(options.bar, measured=MEASURED), parse_limits(options.slo) if options.slo else []
+    bars = read_bars(options.bar, measured=MEASURED["text"] + MEASURED_AGAINST_REFERENCE)
+    limits = parse_limits(options.slo) if options.slo else []
     unmeasured = [limit.name for limit in limits if limit.needs_timed_loads]
     if unmeasured:
         raise RequestError(f"--slo {unmeasured[0]}: loads are not timed here; python -m runtime.benchmark does")
     text = read_text(options.text)
     with ProgressBar() as bar:
         found = find_checkpoint(options.checkpoint, options.models_dir, offline=options.offline, progress=bar.show)
-        output = options.output or Path("packages") / f"{PurePath(found.name).name}-tuned"
-        refuse_to_replace(output, force=options.force)  # before work that takes long
-        output.absolute().parent.mkdir(parents=True, exist_ok=True)
-        # Beside the output, so that the chosen package is moved there, not copied.
-        with tempfile.TemporaryDirectory(prefix=f".{output.name}.tuning-", dir=output.absolute().parent) as work:
-            folders = {REFERENCE: _convert(found, REFERENCE, Path(work), options, bar.show)}
-            ids = _ids_to_judge(folders[REFERENCE], text, options)
-            for name in options.names:
-                if name != REFERENCE:
-                    folders[name] = _convert(found, name, Path(work), options, bar.show)
-            qualities = _judge(folders, ids, options, bar.show)
-            speeds = _time({name: folders[name] for name in options.names}, options, bar.show)
-            candidates = [
-                Candidate(name, folders[name], qualities[name], row, tuple(_missed(qualities[name], row, bars, limits)))
-                for name, row in speeds.items()
-            ]
-            chosen = choose(candidates, options.prefer)
-            if chosen is not None:
-                _publish(chosen.folder, output, force=options.force)
-            _report(candidates, chosen, output, options)
+    output = options.output or Path("packages") / f"{PurePath(found.name).name}-tuned"
+    refuse_to_replace(output, force=options.force)  # before work that takes long
+    output.absolute().parent.mkdir(parents=True, exist_ok=True)
+    # Beside the output, so that the chosen package is moved there, not copied.
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}.tuning-", dir=output.absolute().parent) as work:
+        folders, qualities = _convert_and_judge(found, text, Path(work), options)
+        speeds = _time({name: folders[name] for name in options.names}, options)
+        candidates = [
+            Candidate(name, folders[name], qualities[name], row, _missed(qualities[name], row, bars, limits))
+            for name, row in speeds.items()
+        ]
+        chosen = choose(candidates, options.prefer)
+        if chosen is not None:
+            _publish(chosen.folder, output, force=options.force)
+        _report(candidates, chosen, output, options)
     if chosen is None:
         raise VerificationError("no package keeps the limits, and none was written; move a limit")
     return 0
+
+
+def _convert_and_judge(
+    found: FoundCheckpoint, text: str, work: Path, options: argparse.Namespace
+) -> tuple[dict[str, Path], dict[str, TextQuality]]:
+    """The packages that are tried and the reference, and what each is worth."""
+    with ProgressBar() as bar:
+        folders = {REFERENCE: _convert(found, REFERENCE, work, options, bar.show)}
+        ids = _ids_to_judge(folders[REFERENCE], text, options)
+        for name in options.names:
+            if name != REFERENCE:
+                folders[name] = _convert(found, name, work, options, bar.show)
+        return folders, _judge(folders, ids, options, bar.show)
 
 
 def _convert(found: FoundCheckpoint, name: str, work: Path, options: argparse.Namespace, progress: Progress) -> Path:
@@ -259,46 +263,35 @@ def _judge(
     packages = [ScoredPackage(folder, threads=options.threads) for folder in folders.values()]
     reference = packages[0]
     window = reference.generator.config.n_ctx
-    windows = cut_windows(len(ids), window=window, stride=window)
-    counted = count_scored(ids, windows, reference.generator.tokenizer)
-    scores = score_text(packages, ids, windows, reference=reference, progress=progress)
-    return {name: summarize(each, windows, counted) for name, each in zip(folders, scores, strict=True)}
+    _, qualities = judge_text(packages, ids, window=window, stride=window, reference=reference, progress=progress)
+    return dict(zip(folders, qualities, strict=True))
 
 
-def _time(folders: Mapping[str, Path], options: argparse.Namespace, progress: Progress) -> dict[str, Row]:
+def _time(folders: Mapping[str, Path], options: argparse.Namespace) -> dict[str, Row]:
     """What each package takes, all in alternating rounds."""
     threads = options.threads or available_processors()
     contenders = [
         Contender(name, Placement(package=open_package(folder), threads=threads)) for name, folder in folders.items()
     ]
     workload = Workload(prompt_tokens=options.prompt_tokens, new_tokens=options.new_tokens, batch=1)
-    steps, total = 0, LOADS * len(contenders) + 2 + (RUNS + LOADS * WARMUP) * len(contenders)
-
-    def count(_line: str) -> None:
-        nonlocal steps
-        steps += 1
-        progress("timing", min(steps, total), total)
-
-    measured = measure(contenders, [workload], runs=RUNS, loads=LOADS, warmup=WARMUP, load_runs=0, progress=count)
+    with ProgressLine() as line:
+        measured = measure(
+            contenders, [workload], runs=RUNS, loads=LOADS, warmup=WARMUP, load_runs=0, progress=line.show
+        )
     return {name: rows[0] for name, rows in zip(folders, measured.rows, strict=True)}
 
 
-def _missed(quality: TextQuality, row: Row, bars: Sequence[Bar], limits: Sequence[Limit]) -> Iterator[str]:
-    figures = asdict(quality)
-    for bar in bars:
-        if bar.missed_by(figures[bar.name]):
-            yield f"{bar.name} {figures[bar.name]:.4g}, expected {bar}"
-    for limit in limits:
-        judgement = limit.judge(row)
-        if not judgement.kept:
-            value = "not to be measured" if judgement.value is None else f"{judgement.value:.4g}"
-            yield f"{limit.name} {value}, the limit is {limit.value:.4g}"
+def _missed(quality: TextQuality, row: Row, bars: Sequence[Bar], limits: Sequence[Limit]) -> tuple[str, ...]:
+    """The user's limits that a package does not keep, with its figures."""
+    judgements = [limit.judge(row) for limit in limits]
+    return (*misses(bars, asdict(quality)), *(each.figures for each in judgements if not each.kept))
 
 
 def _report(
     candidates: Sequence[Candidate], chosen: Candidate | None, output: Path, options: argparse.Namespace
 ) -> None:
-    rows = [candidate.to_dict(candidates) for candidate in candidates]
+    best = frontier(candidates)
+    rows = [candidate.to_dict(on_frontier=candidate in best) for candidate in candidates]
     if options.json:
         print_json({"chosen": chosen and chosen.name, "package": str(output) if chosen else None, "rows": rows})
     else:
@@ -315,7 +308,7 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
         lines.append(
             f"{row['package']:10}{row['bytes'] / 1e6:>9,.1f}{row['ms_per_token']:>12.2f}{row['ttft_ms']:>16.1f}"
             f"{row['kl']:>10.5f}{row['perplexity']:>12.3f}  {'frontier' if row['on_frontier'] else 'beaten'}"
-            + (f"; misses {'; '.join(row['missed'])}" if row["missed"] else "")
+            + (f"; missed: {'; '.join(row['missed'])}" if row["missed"] else "")
         )
     return "\n".join(lines)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,17 +62,17 @@ def _number(name: str, text: str) -> float:
     return value
 
 
+def misses(bars: Iterable[Bar], figures: Mapping[str, Any]) -> list[str]:
+    """Which bars the figures of a package miss, by how much."""
+    return [f"{bar.name} {figures[bar.name]:.6g}, expected {bar}" for bar in bars if bar.missed_by(figures[bar.name])]
+
+
 def check_bars(bars: Sequence[Bar], rows: Sequence[Mapping[str, Any]]) -> None:
     """Refuse packages that miss a bar.
 
     Raises:
         VerificationError: some do; every miss is named.
     """
-    missed = [
-        f"{row['package']}: {bar.name} {row[bar.name]:.6g}, expected {bar}"
-        for row in rows
-        for bar in bars
-        if bar.missed_by(row[bar.name])
-    ]
+    missed = [f"{row['package']}: {miss}" for row in rows for miss in misses(bars, row)]
     if missed:
         raise VerificationError("; ".join(missed) + "; convert with another precision, or move the bar")

@@ -30,7 +30,7 @@ from .childrens_book import score_childrens_book
 from .datasets import read_childrens_book, read_lambada, read_text
 from .lambada import score_lambada
 from .paper import PUBLISHED, Task, published_figures
-from .perplexity import count_scored, cut_windows, encode_text, score_text, summarize
+from .perplexity import encode_text, judge_text
 from .quality_plot import check_plot_file, write_plot
 from .quality_report import Row, report
 from .scored_package import Int64Array, Progress, ScoredPackage
@@ -139,13 +139,12 @@ def _judge_together(folders: Sequence[Path], text: str, options: argparse.Namesp
         if options.tokens > len(ids):
             raise RequestError(f"{options.text} has {len(ids):,} tokens, --tokens asks for {options.tokens:,}")
         ids = ids[: max(0, options.tokens)]
-    windows = cut_windows(len(ids), window=options.window, stride=options.stride)
-    counted = count_scored(ids, windows, packages[0].generator.tokenizer)
     reference = packages[0] if options.reference else None
-    scores = score_text(packages, ids, windows, reference=reference, progress=_progress())
-    for package, each in zip(packages, scores, strict=True):
-        quality = asdict(counted) | asdict(summarize(each, windows, counted))
-        yield _row(package, quality, options, is_reference=package is reference)
+    scored, qualities = judge_text(
+        packages, ids, window=options.window, stride=options.stride, reference=reference, progress=_progress()
+    )
+    for package, quality in zip(packages, qualities, strict=True):
+        yield _row(package, asdict(scored) | asdict(quality), options, is_reference=package is reference)
 
 
 def _ids_in_common(packages: Sequence[ScoredPackage], text: str) -> Int64Array:

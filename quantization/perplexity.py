@@ -115,6 +115,22 @@ def encode_text(tokenizer: Tokenizer, text: str) -> Int64Array:
     return np.concatenate(ids)
 
 
+def judge_text(
+    packages: Sequence[ScoredPackage],
+    ids: Int64Array,
+    *,
+    window: int,
+    stride: int,
+    reference: ScoredPackage | None = None,
+    progress: Progress,
+) -> tuple[ScoredText, list[TextQuality]]:
+    """What each package is worth on a text [T], and how much of it was scored; see `cut_windows` and `score_text`."""
+    windows = cut_windows(len(ids), window=window, stride=stride)
+    scored = count_scored(ids, windows, packages[0].generator.tokenizer)
+    scores = score_text(packages, ids, windows, reference=reference, progress=progress)
+    return scored, [summarize(each, windows, scored) for each in scores]
+
+
 def cut_windows(n_tokens: int, *, window: int, stride: int) -> list[Window]:
     """Cut a text into windows that begin `stride` tokens apart; the last one may be shorter.
 

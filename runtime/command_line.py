@@ -8,7 +8,7 @@ import io
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NoReturn
 
 from .errors import GPT2EdgeError
@@ -41,6 +41,19 @@ def whole_numbers(text: str) -> list[int]:
     return list(dict.fromkeys(map(whole_number(1), text.split(","))))
 
 
+def some_of(what: str, known: Collection[str]) -> Callable[[str], list[str]]:
+    """A type for argparse: `int8,int4` -> ["int8", "int4"], each one of those that are known, none twice."""
+
+    def parse(text: str) -> list[str]:
+        names = list(dict.fromkeys(text.split(",")))
+        unknown = [name for name in names if name not in known]
+        if unknown:
+            raise argparse.ArgumentTypeError(f"no {what} {', '.join(unknown)}, expected some of {', '.join(known)}")
+        return names
+
+    return parse
+
+
 def run_command(command: Callable[[], int]) -> int:
     """Run a command and turn what can go wrong into one line on stderr and an exit status.
 
@@ -69,6 +82,23 @@ def run_command(command: Callable[[], int]) -> int:
         where = f"{error.filename}: " if error.filename else ""
         step = "free space and run again" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "mend it and run again"
         return _fail(f"{where}{error.strerror or error}; {step}", MACHINE)
+
+
+class ProgressLine:
+    """One line on stderr that is written over; none where stderr is no terminal."""
+
+    def __init__(self) -> None:
+        self._on = sys.stderr.isatty()
+
+    def show(self, line: str) -> None:
+        if self._on:
+            print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
+
+    def __enter__(self) -> ProgressLine:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.show("")
 
 
 def print_json(values: Any) -> None:

@@ -81,7 +81,7 @@ def test_where_none_keeps_the_limits_none_is_written(
     arguments = ["--text", text, "--try", "int8", "--slo", "disk_bytes=1", *SHORT, "--output", folder / "tuned"]
     assert main([str(argument) for argument in [tiny_checkpoint, *arguments]]) == 3
     printed = capsys.readouterr()
-    assert "misses disk_bytes " in printed.out
+    assert "missed: disk_bytes is " in printed.out
     assert printed.err.splitlines()[-1].endswith("no package keeps the limits, and none was written; move a limit")
     assert list(folder.iterdir()) == []
 

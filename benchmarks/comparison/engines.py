@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from export.tune import RECIPES
 from runtime.errors import MachineError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,9 +48,9 @@ class Engine:
 
 
 def prepare_ours(python: Path, checkpoint: Path, kind: str, model: Path) -> None:
-    precision, _, cache = kind.partition("-")  # "int8-kv8": its keys and values too
-    kv_cache = ("--kv-cache", "int8") if cache else ()
-    call(python, "-m", "export.convert", checkpoint, "--precision", precision, *kv_cache, "--output", model)
+    precision, kv_cache = RECIPES[kind]
+    wanted = ("--precision", precision, "--kv-cache", kv_cache)
+    call(python, "-m", "export.convert", checkpoint, *wanted, "--output", model)
 
 
 def prepare_openvino(python: Path, checkpoint: Path, kind: str, model: Path) -> None:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from ..command_line import CommandLineParser, print_json, run_command, whole_number, whole_numbers
+from ..command_line import CommandLineParser, ProgressLine, print_json, run_command, whole_number, whole_numbers
 from ..errors import PackageError, RequestError, VerificationError
 from ..package import MANIFEST, Device, Package, open_package
 from ..session import available_processors, checked_threads
@@ -125,7 +125,7 @@ def _benchmark(options: argparse.Namespace) -> int:
         print(DEFINITIONS, end="")
         return 0
     plan = _plan(options)
-    with _ProgressLine() as line:
+    with ProgressLine() as line:
         measured = measure(
             plan.contenders + plan.baselines,
             plan.workloads,
@@ -333,21 +333,3 @@ def _print(
     for row in rows:
         for warning in row.warnings:
             print(f"warning: {row}: {warning}")
-
-
-class _ProgressLine:
-    """One line on stderr that is written over; none where stderr is no terminal."""
-
-    def __init__(self) -> None:
-        self._on = sys.stderr.isatty()
-
-    def show(self, line: str) -> None:
-        if self._on:
-            print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
-
-    def __enter__(self) -> _ProgressLine:
-        return self
-
-    def __exit__(self, *_error: object) -> None:
-        if self._on:
-            print("\r\033[K", end="", file=sys.stderr, flush=True)

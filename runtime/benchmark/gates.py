@@ -56,9 +56,14 @@ class Judgement:
     value: float | None
     kept: bool
 
-    def __str__(self) -> str:
+    @property
+    def figures(self) -> str:
+        """What was measured and what was allowed, whatever the row."""
         value = "not to be measured here" if self.value is None else f"{self.value:.4g}"
-        return f"{self.row}: {self.limit.name} is {value}, the limit is {self.limit.value:.4g}"
+        return f"{self.limit.name} is {value}, the limit is {self.limit.value:.4g}"
+
+    def __str__(self) -> str:
+        return f"{self.row}: {self.figures}"
 
 
 def parse_limits(text: str) -> list[Limit]:
