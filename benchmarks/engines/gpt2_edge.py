@@ -8,6 +8,7 @@ import numpy as np
 from measure import Run, arguments, measure_and_report
 from numpy.typing import NDArray
 
+from export.tune import RECIPES
 from runtime.package import open_package
 from runtime.text_generator import open_decoder
 
@@ -16,8 +17,9 @@ def main() -> None:
     options = arguments()
     start = time.perf_counter()
     package = open_package(options.model)
-    if package.manifest.precision != options.type:
-        raise SystemExit(f"{options.model} is {package.manifest.precision}, not {options.type}")
+    manifest = package.manifest
+    if (manifest.precision, manifest.kv_cache) != RECIPES[options.type]:
+        raise SystemExit(f"{options.model} is {manifest.precision}, cache {manifest.kv_cache}, not {options.type}")
     decoder = open_decoder(package, threads=options.threads)
     load_s = time.perf_counter() - start
 
