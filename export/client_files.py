@@ -49,7 +49,7 @@ continues text; what it writes may be false or offensive, and it has the limits 
 | graph | opset {opset}, {attention} |
 | precision | {precision}: {recipe} |
 | size | {megabytes:.1f} MB of weights and graph |
-| needs | onnxruntime {onnxruntime} or newer{processor} |
+| needs | onnxruntime {onnxruntime} or newer{processor}{without_features} |
 
 ## What it cost in quality
 
@@ -72,6 +72,8 @@ OTHER_CLIENTS: Mapping[CacheType, str] = {
     "float32": "The folder also opens unmodified in optimum's ORTModelForCausalLM and in onnxruntime-genai.",
     "int8": "No other client reads a package with int8 keys and values.",
 }
+
+WITHOUT_FEATURES = "; without, gpt2-edge's own runtime takes 7-bit activations, and other clients compute wrongly"
 
 ATTENTIONS: Mapping[Attention, str] = {
     "GroupQueryAttention": "attention by GroupQueryAttention, which writes keys and values in place",
@@ -103,7 +105,7 @@ def write_license(folder: Path, checkpoint_folder: Path) -> None:
 
 def write_model_card(folder: Path, manifest: Manifest) -> None:
     """Write MODEL_CARD.md from the manifest."""
-    config, model, features = manifest.config, MODEL_FILES[manifest.precision], manifest.needs.processor
+    config, model, needs = manifest.config, MODEL_FILES[manifest.precision], manifest.needs
     size = sum(entry.bytes for name, entry in manifest.files.items() if name.startswith(model))
     text = CARD.format(
         **config.to_dict(),
@@ -120,9 +122,10 @@ def write_model_card(folder: Path, manifest: Manifest) -> None:
         fingerprint=manifest.source.fingerprint,
         recipe="; ".join(manifest.recipe.values()),
         megabytes=size / 1e6,
-        onnxruntime=manifest.needs.onnxruntime,
+        onnxruntime=needs.onnxruntime,
         other_clients=OTHER_CLIENTS[manifest.kv_cache],
-        processor=f", a processor with {' or '.join(features)}" if features else "",
+        processor=f", a processor with {' or '.join(needs.processor)}" if needs.processor else "",
+        without_features=WITHOUT_FEATURES if needs.narrows else "",
     )
     (folder / MODEL_CARD).write_text(text, encoding="utf-8")
 

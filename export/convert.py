@@ -36,7 +36,7 @@ from runtime.package import (
     open_package,
     write_manifest,
 )
-from runtime.session import check_needs
+from runtime.session import activations_here
 from runtime.text_generator import TextGenerator
 
 from .adopt import GraphOrigin, GraphSource, check_rows, opened
@@ -223,11 +223,15 @@ def _write_model(
 
 def _own_text(staging: Path, graph: GraphSource, tensors: Tensors, sequences: int, progress: Progress) -> Ids:
     """Have a plain int8 graph write a text, and remove it."""
-    check_needs(_needs("int8"), device="cpu")
     with tempfile.TemporaryDirectory(dir=staging) as folder:
         model_path = Path(folder) / "model.onnx"
         _write_graph(model_path, graph, tensors, "int8")
-        decoder = Decoder.open(model_path, graph.checkpoint.config, attention=graph.attention)
+        decoder = Decoder.open(
+            model_path,
+            graph.checkpoint.config,
+            attention=graph.attention,
+            activations=activations_here(_needs("int8")),
+        )
         return own_text(decoder, sequences, lambda done, total: progress("text", done, total))
 
 
@@ -244,7 +248,7 @@ def _write_graph(model_path: Path, graph: GraphSource, tensors: Tensors, precisi
 def _needs(precision: Precision, kv_cache: CacheType = "float32") -> Needs:
     features = INT8_FEATURES if precision == "int8" else ()
     oldest = OLDEST_ONNXRUNTIME[precision] if kv_cache == "float32" else OLDEST_WITH_INT8_CACHE
-    return Needs(onnxruntime=oldest, processor=features)
+    return Needs(onnxruntime=oldest, processor=features, narrows=bool(features))
 
 
 def _describe(

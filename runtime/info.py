@@ -19,7 +19,7 @@ from .command_line import CommandLineParser, print_json, run_command
 from .config import GPT2Config
 from .errors import PackageError
 from .package import FORMAT_VERSION, WEIGHTS_SUFFIX, Manifest, open_package, read_manifest
-from .session import processor_features, unmet_needs
+from .session import activations_here, processor_features, unmet_needs
 
 
 def show_package(folder: Path, *, as_json: bool) -> int:
@@ -75,6 +75,7 @@ def _describe(manifest: Manifest) -> dict[str, Any]:
         "machine": {
             "onnxruntime": onnxruntime,
             "processor_with": None if features is None else sorted(features.intersection(needs.processor)),
+            **({"activation_bits": activations_here(needs).bits} if needs.narrows else {}),
         },
         "unmet_needs": unmet_needs(needs, device=manifest.device, onnxruntime=onnxruntime),
         "source": asdict(manifest.source),

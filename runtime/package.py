@@ -80,10 +80,15 @@ class FileEntry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Needs:
-    """What the package asks of the machine: processor features, and the oldest onnxruntime that was tried."""
+    """What the package asks of the machine: processor features, and the oldest onnxruntime that was tried.
+
+    Without any of the features its results would be wrong; but where it `narrows`, 7-bit activations take the place of
+    8-bit ones there, and it runs: see `runtime.activations`.
+    """
 
     onnxruntime: str
     processor: tuple[str, ...] = ()
+    narrows: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -253,7 +258,11 @@ def _manifest_from_values(values: dict[str, Any]) -> Manifest:
         **{
             **values,
             "config": config,
-            "needs": Needs(onnxruntime=needs["onnxruntime"], processor=tuple(needs["processor"])),
+            "needs": Needs(
+                onnxruntime=needs["onnxruntime"],
+                processor=tuple(needs["processor"]),
+                narrows=needs.get("narrows", False),  # absent where a package was made before there was a choice
+            ),
             "source": Source(**values["source"]),
             "files": {name: FileEntry(**entry) for name, entry in values["files"].items()},
             "golden": tuple(_golden_from_values(golden, config.n_vocab) for golden in values["golden"]),

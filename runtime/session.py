@@ -8,8 +8,11 @@ import os
 import platform
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from .activations import NARROW, WIDE, Activations
 from .errors import DeviceError, MachineError, PackageError, RequestError
 from .package import Device, Needs
 
@@ -24,6 +27,10 @@ warns of `num_logits_to_keep`, an input with a default value."""
 
 MAX_THREADS = 256
 """Threads wait for each other actively: on two processors 64 take 5 s for three tokens, 1,024 more than a minute."""
+
+
+_OVERRIDES: dict[tuple[str, Activations], Any] = {}
+"""OrtValues that sessions read for as long as they live."""
 
 
 def load_onnxruntime() -> ModuleType:
@@ -43,7 +50,12 @@ def load_onnxruntime() -> ModuleType:
 
 
 def open_session(
-    model_path: Path, *, device: Device = "cpu", threads: int | None = None
+    model_path: Path,
+    *,
+    device: Device = "cpu",
+    threads: int | None = None,
+    activations: Activations = WIDE,
+    optimized: bool = False,
 ) -> onnxruntime.InferenceSession:
     """Open a graph on the device that was asked for, and on no other.
 
@@ -51,6 +63,8 @@ def open_session(
         model_path: the .onnx file, its weights beside it.
         device: "cpu"; the others are refused until this runtime can prove them.
         threads: worker threads; None takes `available_processors()`.
+        activations: what an int8 graph rounds its activations to, see `activations_here`.
+        optimized: the graph is one that `save_optimized` wrote: it is run as it stands.
     Raises:
         DeviceError: the device is not what would run.
         RequestError: threads is not 1 to MAX_THREADS.
@@ -65,9 +79,42 @@ def open_session(
     ort = load_onnxruntime()
     options = ort.SessionOptions()
     options.intra_op_num_threads = n_threads
+    if activations != WIDE:
+        for name, value in activations.values().items():
+            options.add_initializer(name, _OVERRIDES.setdefault((name, activations), _ort_value(value)))
+    if optimized:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return _open(model_path, PROVIDERS[device], options)
+
+
+def _ort_value(scalar: Any) -> Any:
+    return load_onnxruntime().OrtValue.ortvalue_from_numpy(np.asarray(scalar))
+
+
+def save_optimized(model_path: Path, target: Path) -> None:
+    """Have onnxruntime write a graph as it would run it here, its weights rearranged for this processor beside it.
+
+    Args:
+        model_path: the .onnx file, its weights beside it.
+        target: the .onnx file to write; the weights go to the same name with `_data` behind.
+    Raises:
+        PackageError: onnxruntime refuses the file, or cannot write the other.
+        MachineError: memory ran out.
+    """
+    options = load_onnxruntime().SessionOptions()
+    options.intra_op_num_threads = available_processors()
+    options.optimized_model_filepath = str(target)
+    # Source: onnxruntime_session_options_config_keys.h
+    options.add_session_config_entry("session.optimized_model_external_initializers_file_name", f"{target.name}_data")
+    options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
+    options.add_session_config_entry("session.save_external_prepacked_constant_initializers", "1")
+    _open(model_path, PROVIDERS["cpu"], options)
+
+
+def _open(model_path: Path, provider: str, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
+    ort = load_onnxruntime()
     options.inter_op_num_threads = 1
     options.log_severity_level = FATAL_ONLY
-    provider = PROVIDERS[device]
     try:
         session = ort.InferenceSession(str(model_path), options, providers=[provider], enable_fallback=0)
     except Exception as error:
@@ -117,13 +164,22 @@ def unmet_needs(needs: Needs, *, device: Device, onnxruntime: str | None) -> lis
             f"this package needs onnxruntime {needs.onnxruntime} or newer, installed is {onnxruntime}; update it with: "
             "pip install --upgrade onnxruntime"
         )
-    have = processor_features() if device == "cpu" else None
-    if needs.processor and have is not None and have.isdisjoint(needs.processor):
+    if device == "cpu" and not needs.narrows and _lacks_features(needs):
         unmet.append(
             f"this package needs a processor with one of {', '.join(needs.processor)}, this one "
             f"({platform.machine()}) has none, and its results would be wrong; convert with --precision fp32"
         )
     return unmet
+
+
+def activations_here(needs: Needs) -> Activations:
+    """What a package's activations are to be rounded to on this processor; what cannot be told is taken as able."""
+    return NARROW if needs.narrows and _lacks_features(needs) else WIDE
+
+
+def _lacks_features(needs: Needs) -> bool:
+    have = processor_features()
+    return bool(needs.processor) and have is not None and have.isdisjoint(needs.processor)
 
 
 def _version(text: str) -> tuple[int, ...]:

@@ -16,8 +16,9 @@ from .config import GPT2Config
 from .decoder import Decoder
 from .errors import DeviceError, PackageError, RequestError
 from .package import Device, Package, open_package, read_manifest
+from .prepacked import prepacked_model
 from .sampling import SamplingOptions, choose_token, fresh_seed, random_uniform
-from .session import check_needs
+from .session import activations_here, check_needs
 from .tokenizer import Tokenizer
 
 DEFAULT_NEW_TOKENS = 128
@@ -95,22 +96,32 @@ class TextGenerator:
         self.default_sampling = SamplingOptions.from_generation_config(package.generation_config())
 
     @classmethod
-    def load(cls, package: str | Path, *, device: Device = "cpu", threads: int | None = None) -> TextGenerator:
+    def load(
+        cls,
+        package: str | Path,
+        *,
+        device: Device = "cpu",
+        threads: int | None = None,
+        prepacked_dir: str | Path | None = None,
+    ) -> TextGenerator:
         """Check a package and open it.
 
         Args:
             package: the folder.
             device: where to run; another device than the package was made for is refused.
             threads: worker threads; None takes the processors that this process may use.
+            prepacked_dir: a folder of this machine that keeps the weights as its processor multiplies them: made at
+                the first load, opened instead of the package's from then on. See `runtime.prepacked`.
         Raises:
             PackageError: the folder is no package, or damaged.
             DeviceError: the device is not what would run, or lacks what the package needs.
             TokenizerError: the tokenizer cannot be read, or the tokenizers library is not installed.
-            MachineError: memory ran out.
+            MachineError: memory ran out, or prepacked_dir cannot be written.
         """
         opened = open_package(package)
         tokenizer = Tokenizer.load(opened.tokenizer_path)
-        return cls(opened, open_decoder(opened, device=device, threads=threads), tokenizer)
+        decoder = open_decoder(opened, device=device, threads=threads, prepacked_dir=prepacked_dir)
+        return cls(opened, decoder, tokenizer)
 
     @property
     def config(self) -> GPT2Config:
@@ -337,17 +348,25 @@ class TextGenerator:
         return Sample(self.tokenizer.decode(kept), tuple(kept), "stop" if stopped else "length", stats)
 
 
-def open_decoder(package: Package, *, device: Device = "cpu", threads: int | None = None) -> Decoder:
-    """Open a package's graph on the device that was asked for; errors as `TextGenerator.load`."""
+def open_decoder(
+    package: Package,
+    *,
+    device: Device = "cpu",
+    threads: int | None = None,
+    prepacked_dir: str | Path | None = None,
+) -> Decoder:
+    """Open a package's graph on the device that was asked for; arguments and errors as `TextGenerator.load`."""
     check_runs_here(package, device=device)
     manifest = package.manifest
     decoder = Decoder.open(
-        package.model_path,
+        package.model_path if prepacked_dir is None else prepacked_model(package, Path(prepacked_dir)),
         manifest.config,
         attention=manifest.attention,
         kv_cache=manifest.kv_cache,
         device=device,
         threads=threads,
+        activations=activations_here(manifest.needs),
+        optimized=prepacked_dir is not None,
     )
     if read_manifest(package.folder) != manifest:
         raise PackageError(f"{package.folder} was replaced while it was opened; open it again")

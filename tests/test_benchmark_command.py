@@ -67,6 +67,14 @@ def test_a_sweep_has_a_row_for_each_case_and_package(tiny_fp32: Path, tiny_int8:
     receipt = result["receipt"]
     assert (receipt["device"], receipt["providers"], receipt["runs"]) == ("cpu", ["CPUExecutionProvider"], 2)
     assert receipt["machine"]["fingerprint"]
+    assert not receipt["prepacked"]
+
+
+def test_loads_from_prepacked_weights_are_timed(tiny_int8: Path, tmp_path: Path, capsys: Capture) -> None:
+    result = report(capsys, tiny_int8, *QUICK, "--load-runs", "1", "--prepacked-dir", tmp_path)
+    assert result["receipt"]["prepacked"]
+    assert result["rows"][0]["load_ms"] > 0
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_people_get_a_table_and_files(tiny_int8: Path, tmp_path: Path, capsys: Capture) -> None:

@@ -104,6 +104,7 @@ def test_every_form_of_a_report_has_every_row(make_row: MakeRow) -> None:
     noise = dict.fromkeys(("load_average_before", "load_average_after", "others_share", "stolen_share"), 0.5)
     whole = receipt() | {
         "providers": ["CPUExecutionProvider"],
+        "prepacked": False,
         "versions": {"onnxruntime": "1.32.0", "python": "3.11.7"},
         "noise": noise,
         "runs": 24,
@@ -113,7 +114,8 @@ def test_every_form_of_a_report_has_every_row(make_row: MakeRow) -> None:
     assert [line.split()[0] for line in table(rows).splitlines()] == ["package", "one", "two"]
     lines = markdown(rows, whole).splitlines()
     assert [line.count("|") for line in lines[:4]] == [16] * 4
-    assert "onnxruntime 1.32.0" in lines[-1]
+    assert "CPUExecutionProvider, onnxruntime 1.32.0" in lines[-1]
+    assert "CPUExecutionProvider, prepacked weights, onnx" in markdown(rows, whole | {"prepacked": True})
     header, *values = csv_text(rows).splitlines()
     assert "itl_ms.p99" in header.split(",")
     assert len(values) == 2

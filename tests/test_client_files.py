@@ -126,6 +126,7 @@ def card_of(folder: Path, name: str, processor: tuple[str, ...] = ()) -> str:
 
 def test_the_card_tells_what_the_manifest_says(tmp_path: Path) -> None:
     card = card_of(tmp_path, "124M", ("avx_vnni", "asimddp"))
+    assert "7-bit" not in card  # where the graph cannot be told
     for line in (
         "# 124M, int8",
         "124,439,808 parameters as an ONNX package for cpu, made by gpt2-edge 9.9",

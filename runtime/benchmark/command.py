@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -93,6 +94,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help=f"slower by less is not; default {TOLERANCE}",
     )
     add("--other-machine", action="store_true", help="compare with a report of other hardware, with wide limits")
+    add(
+        "--prepacked-dir",
+        type=Path,
+        metavar="DIR",
+        help="open the packages from weights that are kept there as this processor multiplies them",
+    )
     add("--csv", type=Path, metavar="FILE")
     add("--markdown", type=Path, metavar="FILE")
     add("--plot", type=Path, metavar="FILE", help="a picture, .svg or .png; needs the extra plot")
@@ -188,13 +195,14 @@ def _plan(options: argparse.Namespace) -> _Plan:
     workloads = _workloads(options)
     baseline = _baseline_package(options.baseline)
     names = _names(packages)
+    place = partial(Placement, device=options.device, prepacked_dir=options.prepacked_dir)
     contenders = [
-        Contender(name, Placement(package=package, device=options.device, threads=count))
+        Contender(name, place(package=package, threads=count))
         for name, package in zip(names, packages, strict=True)
         for count in threads
     ]
     baselines = [
-        Contender(f"{options.baseline} (baseline)", Placement(package=baseline, device=options.device, threads=count))
+        Contender(f"{options.baseline} (baseline)", place(package=baseline, threads=count))
         for count in threads
         if baseline
     ]

@@ -9,11 +9,13 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
 from ..errors import GPT2EdgeError, MachineError
 from ..package import Device, Package
+from ..prepacked import prepacked_model
 from ..session import load_onnxruntime
 from ..text_generator import LogitsProcessor, TextGenerator
 from .machine import peak_rss_bytes, reset_peak_rss
@@ -35,9 +37,17 @@ class Placement:
     device: Device = "cpu"
     threads: int
     logits_processor: LogitsProcessor | None = None
+    prepacked_dir: Path | None = None
 
     def load(self) -> TextGenerator:
-        return TextGenerator.load(self.package.folder, device=self.device, threads=self.threads)
+        return TextGenerator.load(
+            self.package.folder, device=self.device, threads=self.threads, prepacked_dir=self.prepacked_dir
+        )
+
+    def files(self) -> list[Path]:
+        """What a load reads, once there was one."""
+        entry = [] if self.prepacked_dir is None else prepacked_model(self.package, self.prepacked_dir).parent.iterdir()
+        return [*(self.package.folder / name for name in self.package.manifest.files), *entry]
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,8 +182,7 @@ def _serve(pipe: Connection, placement: Placement) -> None:
 def _time_loads(pipe: Connection, placement: Placement, runs: int) -> None:
     placement.load()  # what a first load imports and initialises is no load time
     gc.collect()
-    manifest, folder = placement.package.manifest, placement.package.folder
-    paths = [folder / name for name in manifest.files]
+    paths = placement.files()
     dropped = drop_from_page_cache(paths)
     resident = resident_share(paths)
     is_cold = dropped and resident is not None and resident <= COLD_SHARE

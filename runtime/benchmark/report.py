@@ -188,9 +188,10 @@ def receipt_line(receipt: dict[str, Any]) -> str:
         for name, what in (("others_share", "of its time to others"), ("stolen_share", "stolen"))
         if noise[name] is not None
     ]
+    runs_on = [*receipt["providers"], *(["prepacked weights"] if receipt["prepacked"] else [])]
     return (
         f"{receipt['date']}, {machine['processor']}, {machine['processors']} processors, "
-        f"{', '.join(receipt['providers'])}, onnxruntime {versions['onnxruntime']}, python {versions['python']}, "
+        f"{', '.join(runs_on)}, onnxruntime {versions['onnxruntime']}, python {versions['python']}, "
         f"{receipt['runs']} runs over {receipt['loads']} loads, {receipt['warmup']} discarded behind each, load "
         f"average {noise['load_average_before']:.2f} to {noise['load_average_after']:.2f}"
         + "".join(f", {share}" for share in shares)

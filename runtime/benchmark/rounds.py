@@ -121,6 +121,7 @@ def measure(
     receipt = {
         "date": started.isoformat(timespec="seconds"),
         "device": contenders[0].placement.device,
+        "prepacked": contenders[0].placement.prepacked_dir is not None,
         "providers": sorted({provider for each in loaded for provider in each.providers}),
         "machine": asdict(Machine.here()),
         "versions": {
