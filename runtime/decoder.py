@@ -24,6 +24,10 @@ CHUNK_TOKENS = 192
 with onnxruntime 1.32.0: 774M int8 3.26, 2.95, 2.79, 2.80, 2.90, 3.17 s; with int8 keys and values 4.03, 3.88, 3.89,
 4.02, 4.28, 5.12 s; 124M int8 0.67, 0.60, 0.55, 0.55, 0.57, 0.55 s."""
 
+ATTENTION_ROWS = 128
+"""Tokens that onnxruntime's attention takes at a time. Of pieces of 2 to 299 tokens, those of 129 and of 257 alone
+differed from all others, in the bits of their last token (1.32.0)."""
+
 
 class Decoder:
     """A session and the numbers of its model. Threads may share it: what a generation changes is in its Decoding."""
@@ -34,12 +38,14 @@ class Decoder:
         config: GPT2Config,
         attention: Attention = "GroupQueryAttention",
         kv_cache: CacheType = "float32",
+        activations: Activations = WIDE,
     ) -> None:
         assert kv_cache == "float32" or attention == "GroupQueryAttention", "plain attention knows float32 only"
         self.session = session
         self.config = config
         self.attention = attention
         self.kv_cache = kv_cache
+        self.activations = activations
 
     @classmethod
     def open(
@@ -56,7 +62,7 @@ class Decoder:
     ) -> Decoder:
         """Open a graph; arguments and errors as `session.open_session`."""
         session = open_session(model_path, device=device, threads=threads, activations=activations, optimized=optimized)
-        return cls(session, config, attention, kv_cache)
+        return cls(session, config, attention, kv_cache, activations)
 
     def start(self, *, batch: int, capacity: int) -> Decoding:
         """Begin with an empty cache of `batch` rows and room for `capacity` tokens in each."""
@@ -257,15 +263,18 @@ _ROWS: Mapping[Attention, type[_Rows]] = {"GroupQueryAttention": _RowsInPlace, "
 
 
 def pieces(length: int, chunk_tokens: int) -> Iterator[slice]:
-    """Cut [0, length) into pieces of `chunk_tokens`, none of a single token unless length is 1.
+    """Cut [0, length) into pieces of `chunk_tokens` at most, or of 2 or 3 where less is asked for.
 
-    A piece of one token takes another path through attention and rounds differently; pieces of two tokens or more give
-    the same bits as one run.
+    None is of a single token, unless length is 1, and none leaves a token alone behind whole `ATTENTION_ROWS`: such a
+    token takes another path through attention and rounds differently. All other pieces give the same bits.
     """
     start = 0
     while start < length:
-        stop = start + max(2, chunk_tokens)
-        if length - stop <= 1:
-            stop = length
-        yield slice(start, stop)
-        start = stop
+        rest = length - start
+        size = min(rest, max(2, chunk_tokens))
+        while size > 2 and (size % ATTENTION_ROWS == 1 or rest - size == 1):
+            size -= 1
+        if rest - size == 1:
+            size = rest
+        yield slice(start, start + size)
+        start += size

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from export.checkpoint import read_checkpoint
 from export.reference import reference_logits
-from runtime.decoder import CHUNK_TOKENS, Decoder, Decoding, pieces
+from runtime.decoder import ATTENTION_ROWS, CHUNK_TOKENS, Decoder, Decoding, pieces
 from runtime.errors import RequestError
 from runtime.package import open_package
 from runtime.text_generator import open_decoder
@@ -96,6 +96,7 @@ def test_the_fp32_logits_are_the_oracles(fp32: Decoder) -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(lengths=st.lists(st.integers(2, 20), min_size=1, max_size=8))
+@example([2, 7, *[20] * 6])  # 129
 def test_pieces_of_two_tokens_or_more_give_the_same_bits_at_fp32(fp32: Decoder, lengths: list[int]) -> None:
     ids = np.resize(SEQUENCE, sum(lengths))
     assert np.array_equal(in_parts(fp32, ids, lengths), one_pass(fp32, ids))
@@ -106,6 +107,12 @@ def test_pieces_of_two_tokens_or_more_give_the_same_bits_at_fp32(fp32: Decoder, 
 def test_pieces_of_two_tokens_or_more_give_the_same_bits_at_int8(int8: Decoder, lengths: list[int]) -> None:
     ids = np.resize(SEQUENCE, sum(lengths))
     assert np.array_equal(in_parts(int8, ids, lengths), one_pass(int8, ids))
+
+
+@pytest.mark.parametrize("length", [129, 130, 193, 257])
+def test_a_long_run_gives_the_same_bits_as_short_pieces(decoder: Decoder, length: int) -> None:
+    ids = np.resize(SEQUENCE, length)
+    assert np.array_equal(one_pass(decoder, ids), in_parts(decoder, ids, [50] * (length // 50) + [length % 50]))
 
 
 def test_a_full_context_in_chunks_gives_the_same_bits_as_in_one_run(decoder: Decoder) -> None:
@@ -153,7 +160,8 @@ def test_prefill_gives_the_same_bits_whatever_the_chunks(decoder: Decoder) -> No
 def test_pieces_cover_a_prompt_and_none_is_a_single_token(length: int, chunk_tokens: int) -> None:
     cut = list(pieces(length, chunk_tokens))
     assert [place for piece in cut for place in range(piece.start, piece.stop)] == list(range(length))
-    assert all(2 <= piece.stop - piece.start <= max(2, chunk_tokens) + 1 for piece in cut) or length == 1
+    sizes = [piece.stop - piece.start for piece in cut]
+    assert all(2 <= size <= max(3, chunk_tokens) and size % ATTENTION_ROWS != 1 for size in sizes) or length == 1
 
 
 # Batches
