@@ -18,6 +18,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 import runtime
+from runtime.activations import NARROW, NARROW_RECIPE
 from runtime.command_line import CommandLineParser, print_json, run_command
 from runtime.decoder import Decoder
 from runtime.errors import DeviceError, RequestError
@@ -36,7 +37,7 @@ from runtime.package import (
     open_package,
     write_manifest,
 )
-from runtime.session import activations_here
+from runtime.session import activations_here, check_needs
 from runtime.text_generator import TextGenerator
 
 from .adopt import GraphOrigin, GraphSource, check_rows, opened
@@ -145,7 +146,7 @@ def convert(
         PackageError: the output exists.
         RequestError: the text for calibration cannot be read, or is too short; int8 keys and values are not for this
             precision, or this graph.
-        DeviceError: this processor would get the sums of an int8 model wrong.
+        DeviceError: onnxruntime is too old.
         VerificationError: the package is not the model.
         OSError: the disk is full or cannot be written.
     """
@@ -203,6 +204,8 @@ def _write_model(
     model_path.parent.mkdir()
     tensors = FingerprintedTensors(graph.tensors, lambda done: progress("weights", done, config.parameter_count))
     recipe = {"weights": RECIPES[precision], "cache": CACHE_RECIPES[kv_cache]}
+    if activations_here(_needs(precision)) == NARROW:
+        recipe[NARROW_RECIPE] = "verified with activations of 7 bits, as this processor takes them"
     if precision == "fp32":
         written = _write_graph(model_path, graph, tensors, precision)
     else:
@@ -223,6 +226,7 @@ def _write_model(
 
 def _own_text(staging: Path, graph: GraphSource, tensors: Tensors, sequences: int, progress: Progress) -> Ids:
     """Have a plain int8 graph write a text, and remove it."""
+    check_needs(_needs("int8"), device="cpu")
     with tempfile.TemporaryDirectory(dir=staging) as folder:
         model_path = Path(folder) / "model.onnx"
         _write_graph(model_path, graph, tensors, "int8")

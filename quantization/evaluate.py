@@ -19,11 +19,12 @@ from typing import Any, get_args
 import numpy as np
 
 import runtime
+from runtime.activations import NARROW
 from runtime.benchmark.machine import processor_name
 from runtime.command_line import CommandLineParser, print_json, run_command
 from runtime.errors import RequestError
-from runtime.package import file_entry, open_package
-from runtime.session import available_processors, load_onnxruntime
+from runtime.package import file_entry, open_package, read_manifest
+from runtime.session import activations_here, available_processors, load_onnxruntime
 
 from .bars import check_bars, read_bars
 from .childrens_book import score_childrens_book
@@ -228,6 +229,9 @@ def _receipt(options: argparse.Namespace) -> dict[str, Any]:
         "processor": processor_name(),
         "gpt2_edge": runtime.__version__,
         "onnxruntime": load_onnxruntime().__version__,
+        "narrow_activations": [
+            str(folder) for folder in _folders(options) if activations_here(read_manifest(folder).needs) == NARROW
+        ],
         "numpy": version("numpy"),
     }
 

@@ -20,6 +20,9 @@ STEP, ZERO = "constant/activation/step", "constant/activation/zero"
 ONE_SIDED_STEP, ONE_SIDED_ZERO = "constant/activation/one_sided_step", "constant/activation/one_sided_zero"
 """Likewise where inputs are hardly ever negative, as behind an activation function."""
 
+NARROW_RECIPE = "activations"
+"""Stands in the recipe of a package that was converted, and so verified, with narrow activations."""
+
 
 @dataclass(frozen=True, slots=True)
 class Activations:

@@ -6,6 +6,8 @@ import importlib
 import math
 import os
 import platform
+from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -21,16 +23,14 @@ if TYPE_CHECKING:
 
 PROVIDERS: dict[Device, str] = {"cpu": "CPUExecutionProvider"}
 
+X86 = ("x86_64", "amd64")
+
 FATAL_ONLY = 4
 """onnxruntime's log level. An error is raised as well, so it need not be printed too; at the default level each load
 warns of `num_logits_to_keep`, an input with a default value."""
 
 MAX_THREADS = 256
 """Threads wait for each other actively: on two processors 64 take 5 s for three tokens, 1,024 more than a minute."""
-
-
-_OVERRIDES: dict[tuple[str, Activations], Any] = {}
-"""OrtValues that sessions read for as long as they live."""
 
 
 def load_onnxruntime() -> ModuleType:
@@ -80,15 +80,18 @@ def open_session(
     options = ort.SessionOptions()
     options.intra_op_num_threads = n_threads
     if activations != WIDE:
-        for name, value in activations.values().items():
-            options.add_initializer(name, _OVERRIDES.setdefault((name, activations), _ort_value(value)))
+        for name, value in _overrides(activations).items():
+            options.add_initializer(name, value)
     if optimized:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     return _open(model_path, PROVIDERS[device], options)
 
 
-def _ort_value(scalar: Any) -> Any:
-    return load_onnxruntime().OrtValue.ortvalue_from_numpy(np.asarray(scalar))
+@cache
+def _overrides(activations: Activations) -> Mapping[str, Any]:
+    """OrtValues by initializer; kept, since sessions read them for as long as they live."""
+    as_value = load_onnxruntime().OrtValue.ortvalue_from_numpy
+    return {name: as_value(np.asarray(value)) for name, value in activations.values().items()}
 
 
 def save_optimized(model_path: Path, target: Path) -> None:
@@ -167,14 +170,20 @@ def unmet_needs(needs: Needs, *, device: Device, onnxruntime: str | None) -> lis
     if device == "cpu" and not needs.narrows and _lacks_features(needs):
         unmet.append(
             f"this package needs a processor with one of {', '.join(needs.processor)}, this one "
-            f"({platform.machine()}) has none, and its results would be wrong; convert with --precision fp32"
+            f"({platform.machine()}) has none, and its results would be wrong; convert again, since int8 packages of "
+            "today run here, or convert with --precision fp32"
         )
     return unmet
 
 
 def activations_here(needs: Needs) -> Activations:
-    """What a package's activations are to be rounded to on this processor; what cannot be told is taken as able."""
-    return NARROW if needs.narrows and _lacks_features(needs) else WIDE
+    """What a package's activations are to be rounded to on this processor.
+
+    Where the system does not tell what an x86 processor has, it is what is safe on all of them; other processors are
+    taken to have what is needed there.
+    """
+    unknown_x86 = processor_features() is None and platform.machine().lower() in X86
+    return NARROW if needs.narrows and (unknown_x86 or _lacks_features(needs)) else WIDE
 
 
 def _lacks_features(needs: Needs) -> bool:

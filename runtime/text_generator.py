@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -12,14 +13,17 @@ from typing import Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from .activations import NARROW
 from .config import GPT2Config
 from .decoder import Decoder
 from .errors import DeviceError, PackageError, RequestError
 from .package import Device, Package, open_package, read_manifest
 from .prepacked import prepacked_model
 from .sampling import SamplingOptions, choose_token, fresh_seed, random_uniform
-from .session import activations_here, check_needs
+from .session import activations_here, check_needs, checked_threads
 from .tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_NEW_TOKENS = 128
 
@@ -357,7 +361,15 @@ def open_decoder(
 ) -> Decoder:
     """Open a package's graph on the device that was asked for; arguments and errors as `TextGenerator.load`."""
     check_runs_here(package, device=device)
+    checked_threads(threads)  # before prepacked weights are made
     manifest = package.manifest
+    activations = activations_here(manifest.needs)
+    if activations == NARROW:
+        logger.warning(
+            "%s: this processor lacks %s: activations are rounded to 7 bits instead of 8",
+            package.folder,
+            " and ".join(manifest.needs.processor),
+        )
     decoder = Decoder.open(
         package.model_path if prepacked_dir is None else prepacked_model(package, Path(prepacked_dir)),
         manifest.config,
@@ -365,7 +377,7 @@ def open_decoder(
         kv_cache=manifest.kv_cache,
         device=device,
         threads=threads,
-        activations=activations_here(manifest.needs),
+        activations=activations,
         optimized=prepacked_dir is not None,
     )
     if read_manifest(package.folder) != manifest:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -20,9 +21,11 @@ from runtime.decoder import Decoder
 from runtime.errors import DeviceError
 from runtime.package import Needs, open_package, read_manifest
 from runtime.session import activations_here, check_needs
-from runtime.text_generator import TextGenerator
+from runtime.text_generator import TextGenerator, open_decoder
+from runtime.verify import main as verify
+from runtime.verify import replay
 
-from .conftest import converted
+from .conftest import DEMO_CHECKPOINT, converted
 
 IDS = np.random.default_rng(0).integers(0, 8191, 24)
 NEEDS = Needs(onnxruntime="1.23.2", processor=("made_up", "dreamt_of"), narrows=True)
@@ -82,12 +85,20 @@ def test_seven_bits_are_taken_where_the_processor_asks_for_them(monkeypatch: pyt
     assert activations_here(replace(NEEDS, processor=())) == WIDE
     with pytest.raises(DeviceError, match="one of made_up, dreamt_of"):
         check_needs(replace(NEEDS, narrows=False), device="cpu")
+
+
+@pytest.mark.parametrize(("machine", "expected"), [("x86_64", NARROW), ("AMD64", NARROW), ("arm64", WIDE)])
+def test_where_the_system_does_not_tell_x86_takes_what_is_safe(
+    machine: str, expected: Activations, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(session, "processor_features", lambda: None)
-    assert activations_here(NEEDS) == WIDE
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    assert activations_here(NEEDS) == expected
+    assert activations_here(replace(NEEDS, narrows=False)) == WIDE
 
 
-def test_a_package_runs_with_seven_bits_on_such_a_processor(
-    demo_int8: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_package_runs_with_seven_bits_on_such_a_processor_and_says_so(
+    demo_int8: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert read_manifest(demo_int8).needs.narrows
     expected = logits(demo_int8, NARROW)[len(IDS) - 1]
@@ -95,13 +106,31 @@ def test_a_package_runs_with_seven_bits_on_such_a_processor(
     for prepacked_dir in (None, tmp_path, tmp_path):
         decoder = TextGenerator.load(demo_int8, threads=1, prepacked_dir=prepacked_dir).decoder
         assert np.array_equal(decoder.start(batch=1, capacity=len(IDS)).prefill(0, IDS), expected)
+    assert [record.getMessage().partition(": ")[2] for record in caplog.records] == 3 * [
+        "this processor lacks avx512_vnni and avx_vnni and asimddp: activations are rounded to 7 bits instead of 8"
+    ]
 
 
-def test_a_conversion_on_such_a_processor_holds(
-    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_golden_prompts_hold_on_either_side(demo_int8: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a package that was converted with one kind of activations, where the other kind is taken."""
+    assert verify([str(demo_int8)]) == 0
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(session, "processor_features", lambda: frozenset({"avx2"}))
+        assert verify([str(demo_int8)]) == 0
+        narrow = converted(DEMO_CHECKPOINT, tmp_path, "int8")
+        assert verify([str(narrow)]) == 0
+        assert "7 bits" in (narrow / "MODEL_CARD.md").read_text(encoding="utf-8")
+    assert read_manifest(narrow).quality["kl"] < 0.01
+    assert verify([str(narrow)]) == 0
+
+
+def test_golden_prompts_of_another_model_hold_on_neither_side(demo_int8: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(session, "processor_features", lambda: frozenset({"avx2"}))
-    assert read_manifest(converted(tiny_checkpoint, tmp_path, "int8")).quality["kl"] < 0.01
+    decoder = open_decoder(open_package(demo_int8))
+    golden = read_manifest(demo_int8).golden[1]
+    shifted = replace(golden, package_logits=tuple(logit + 4.0 for logit in golden.oracle_logits))
+    assert replay(decoder, golden, other_activations=True).held
+    assert not replay(decoder, replace(shifted, oracle_logits=shifted.package_logits), other_activations=True).held
 
 
 @pytest.mark.skipif(QEMU is None, reason="no qemu-x86_64 here (Debian: qemu-user): other processors are not emulated")

@@ -105,6 +105,7 @@ def test_every_form_of_a_report_has_every_row(make_row: MakeRow) -> None:
     whole = receipt() | {
         "providers": ["CPUExecutionProvider"],
         "prepacked": False,
+        "narrow_activations": False,
         "versions": {"onnxruntime": "1.32.0", "python": "3.11.7"},
         "noise": noise,
         "runs": 24,
@@ -115,7 +116,8 @@ def test_every_form_of_a_report_has_every_row(make_row: MakeRow) -> None:
     lines = markdown(rows, whole).splitlines()
     assert [line.count("|") for line in lines[:4]] == [16] * 4
     assert "CPUExecutionProvider, onnxruntime 1.32.0" in lines[-1]
-    assert "CPUExecutionProvider, prepacked weights, onnx" in markdown(rows, whole | {"prepacked": True})
+    both = markdown(rows, whole | {"prepacked": True, "narrow_activations": True})
+    assert "CPUExecutionProvider, prepacked weights, 7-bit activations, onnx" in both
     header, *values = csv_text(rows).splitlines()
     assert "itl_ms.p99" in header.split(",")
     assert len(values) == 2

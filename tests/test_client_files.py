@@ -100,7 +100,7 @@ def test_a_missing_licence_is_told(tmp_path: Path) -> None:
     assert "came without a licence file" in (tmp_path / "LICENSE").read_text(encoding="utf-8")
 
 
-def card_of(folder: Path, name: str, processor: tuple[str, ...] = ()) -> str:
+def card_of(folder: Path, name: str, processor: tuple[str, ...] = (), *, narrows: bool = False) -> str:
     manifest = Manifest(
         config=OFFICIAL_SIZES["124M"],
         precision="int8",
@@ -109,7 +109,7 @@ def card_of(folder: Path, name: str, processor: tuple[str, ...] = ()) -> str:
         kv_cache="float32",
         opset=21,
         decode_weight_bytes=123_456_789,
-        needs=Needs(onnxruntime="1.2.3", processor=processor),
+        needs=Needs(onnxruntime="1.2.3", processor=processor, narrows=narrows),
         source=Source(name=name, layout="safetensors", fingerprint="f00d"),
         recipe={"weights": "weights int8", "calibration": "calibrated on 3 tokens"},
         tools={"gpt2-edge": "9.9"},
@@ -126,7 +126,10 @@ def card_of(folder: Path, name: str, processor: tuple[str, ...] = ()) -> str:
 
 def test_the_card_tells_what_the_manifest_says(tmp_path: Path) -> None:
     card = card_of(tmp_path, "124M", ("avx_vnni", "asimddp"))
-    assert "7-bit" not in card  # where the graph cannot be told
+    assert "7-bit" not in card
+    assert "asimddp; without, gpt2-edge's own runtime takes 7-bit activations" in card_of(
+        tmp_path, "124M", ("avx_vnni", "asimddp"), narrows=True
+    )
     for line in (
         "# 124M, int8",
         "124,439,808 parameters as an ONNX package for cpu, made by gpt2-edge 9.9",

@@ -124,7 +124,7 @@ def test_what_cannot_be_told_is_unknown(tiny_int8: Path, capsys: Capture, monkey
     monkeypatch.setattr(session, "processor_features", lambda: None)
     assert runtime.info.main([str(tiny_int8)]) == 0
     out = " ".join(capsys.readouterr().out.split())
-    assert "machine onnxruntime unknown, processor_with unknown, activation_bits 8 unmet needs none" in out
+    assert "machine onnxruntime unknown, processor_with unknown, activation_bits 7 unmet needs none" in out
 
 
 def test_a_damaged_package_is_described_and_the_damage_told(tiny_int8: Path, copied: Copy, capsys: Capture) -> None:

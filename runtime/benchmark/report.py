@@ -188,7 +188,8 @@ def receipt_line(receipt: dict[str, Any]) -> str:
         for name, what in (("others_share", "of its time to others"), ("stolen_share", "stolen"))
         if noise[name] is not None
     ]
-    runs_on = [*receipt["providers"], *(["prepacked weights"] if receipt["prepacked"] else [])]
+    circumstances = {"prepacked": "prepacked weights", "narrow_activations": "7-bit activations"}
+    runs_on = [*receipt["providers"], *(words for name, words in circumstances.items() if receipt[name])]
     return (
         f"{receipt['date']}, {machine['processor']}, {machine['processors']} processors, "
         f"{', '.join(runs_on)}, onnxruntime {versions['onnxruntime']}, python {versions['python']}, "

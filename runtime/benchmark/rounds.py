@@ -11,7 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from ..activations import NARROW
 from ..errors import RequestError
+from ..session import activations_here
 from .engine import Engine, EngineRun, Loads, Placement, time_loads
 from .limits import StepModel
 from .machine import Machine, Noise, NoiseMeter, available_memory_bytes
@@ -121,6 +123,9 @@ def measure(
     receipt = {
         "date": started.isoformat(timespec="seconds"),
         "device": contenders[0].placement.device,
+        "narrow_activations": any(
+            activations_here(each.placement.package.manifest.needs) == NARROW for each in contenders
+        ),
         "prepacked": contenders[0].placement.prepacked_dir is not None,
         "providers": sorted({provider for each in loaded for provider in each.providers}),
         "machine": asdict(Machine.here()),
