@@ -15,6 +15,8 @@ import pytest
 
 from runtime.package import open_package
 
+from .convert_command import assert_one_line, names
+
 REPOSITORY = Path(__file__).parent.parent
 PATIENCE_S = 60
 DISK_BYTES = 4 << 20
@@ -51,19 +53,10 @@ def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
         time.sleep(0.001)
 
 
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
-
-
 def assert_old_package(package: Path, old: Path) -> None:
     """Still the one that was there: every byte."""
     open_package(package, full=True)
     assert (package / "manifest.json").read_bytes() == (old / "manifest.json").read_bytes()
-
-
-def assert_one_line(text: str) -> None:
-    assert text.startswith("error: ")
-    assert text.count("\n") == 1
 
 
 @pytest.fixture

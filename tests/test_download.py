@@ -16,6 +16,7 @@ from export import download
 from export.download import ATTEMPTS, PIECE_BYTES, UnreachableError, fetch, read_url
 from runtime.errors import CheckpointError
 
+from .convert_command import names
 from .hub_server import HubServer, git_id, hub_server, sha256
 
 CONTENT = np.random.default_rng(0).bytes(5 * PIECE_BYTES + 123)
@@ -28,10 +29,6 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     with hub_server() as hub:
         hub.plain[PATH] = CONTENT
         yield hub
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
 
 
 @pytest.mark.parametrize("digest", [sha256(CONTENT), git_id(CONTENT), None])

@@ -23,6 +23,7 @@ from export.resolve import FoundCheckpoint, find_checkpoint
 from runtime.config import OFFICIAL_SIZES
 from runtime.errors import CheckpointError
 
+from .convert_command import names
 from .hub_server import COMMIT, HubServer, hub_server, sha256
 from .tiny import tiny_weights, write_safetensors_checkpoint
 from .write_tensorbundle import write_openai_checkpoint
@@ -73,10 +74,6 @@ def releases(hub: HubServer, tiny_checkpoint: Path, tmp_path: Path) -> dict[str,
             openai_files=dict.fromkeys(RELEASES["774M"].openai_files, PublishedFile()) | vocabulary | sizes,
         )
     }
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
 
 
 def resolve_path(name: str) -> str:
