@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from .activations import WIDE, Activations
 from .config import GPT2Config
 from .errors import MachineError, RequestError
+from .huge_pages import Gathering, gather, private_regions
 from .kv_cache import KVCache
 from .package import ATTENTION_MASK, INPUT_IDS, LOGITS, NUM_LOGITS_TO_KEEP, POSITION_IDS, Attention, CacheType, Device
 from .session import load_onnxruntime, open_session
@@ -39,6 +40,8 @@ class Decoder:
         attention: Attention = "GroupQueryAttention",
         kv_cache: CacheType = "float32",
         activations: Activations = WIDE,
+        *,
+        gathering: Gathering | None = None,
     ) -> None:
         assert kv_cache == "float32" or attention == "GroupQueryAttention", "plain attention knows float32 only"
         self.session = session
@@ -46,6 +49,7 @@ class Decoder:
         self.attention = attention
         self.kv_cache = kv_cache
         self.activations = activations
+        self._gathering = gathering
 
     @classmethod
     def open(
@@ -61,8 +65,14 @@ class Decoder:
         optimized: bool = False,
     ) -> Decoder:
         """Open a graph; arguments and errors as `session.open_session`."""
+        before = private_regions()
         session = open_session(model_path, device=device, threads=threads, activations=activations, optimized=optimized)
-        return cls(session, config, attention, kv_cache, activations)
+        return cls(session, config, attention, kv_cache, activations, gathering=gather(since=before))
+
+    def settle(self) -> None:
+        """Wait until the weights' memory is as it will stay, see `runtime.huge_pages`; before times are measured."""
+        if self._gathering:
+            self._gathering.wait()
 
     def start(self, *, batch: int, capacity: int) -> Decoding:
         """Begin with an empty cache of `batch` rows and room for `capacity` tokens in each."""
