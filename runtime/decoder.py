@@ -10,11 +10,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .activations import WIDE, Activations
+from .cache_memory import CacheMemory
 from .config import GPT2Config
 from .errors import MachineError, RequestError
 from .huge_pages import Gathering, gather, private_regions
 from .kv_cache import KVCache
-from .package import ATTENTION_MASK, INPUT_IDS, LOGITS, NUM_LOGITS_TO_KEEP, POSITION_IDS, Attention, CacheType, Device
+from .package import (
+    ATTENTION_MASK,
+    CACHE_ITEM_BYTES,
+    INPUT_IDS,
+    LOGITS,
+    NUM_LOGITS_TO_KEEP,
+    POSITION_IDS,
+    Attention,
+    CacheType,
+    Device,
+)
 from .session import load_onnxruntime, open_session
 
 if TYPE_CHECKING:
@@ -50,6 +61,8 @@ class Decoder:
         self.kv_cache = kv_cache
         self.activations = activations
         self._gathering = gathering
+        row_bytes = config.n_ctx * config.cache_items_per_token * CACHE_ITEM_BYTES[kv_cache]
+        self._cache_memory = CacheMemory(most_bytes=row_bytes)
 
     @classmethod
     def open(
@@ -76,7 +89,9 @@ class Decoder:
 
     def start(self, *, batch: int, capacity: int) -> Decoding:
         """Begin with an empty cache of `batch` rows and room for `capacity` tokens in each."""
-        cache = KVCache(self.config, batch=batch, capacity=capacity, cache_type=self.kv_cache)
+        cache = KVCache(
+            self.config, batch=batch, capacity=capacity, cache_type=self.kv_cache, memory=self._cache_memory
+        )
         return Decoding(self, cache)
 
     def logits(self, ids: NDArray[np.int64], *, chunk_tokens: int = CHUNK_TOKENS) -> Iterator[NDArray[np.float32]]:
