@@ -24,9 +24,11 @@ CHUNK_TOKENS = 192
 with onnxruntime 1.32.0: 774M int8 3.26, 2.95, 2.79, 2.80, 2.90, 3.17 s; with int8 keys and values 4.03, 3.88, 3.89,
 4.02, 4.28, 5.12 s; 124M int8 0.67, 0.60, 0.55, 0.55, 0.57, 0.55 s."""
 
-ATTENTION_ROWS = 128
-"""Tokens that onnxruntime's attention takes at a time. Of pieces of 2 to 299 tokens, those of 129 and of 257 alone
-differed from all others, in the bits of their last token (1.32.0)."""
+ATTENTION_ROWS_PER_DIM = 2
+"""Tokens that onnxruntime's attention takes at a time, for each dimension of a head: 128 with the 64 of every official
+size. Of pieces of 2 to 299 tokens, only those with one token behind whole such blocks differed from all others, in the
+bits of that token: 33, 65, 97 and so on with heads of 16, 97, 193 and 289 with 48, 129 and 257 with 64, 257 with 128
+(1.32.0; 1 and 2 threads)."""
 
 
 class Decoder:
@@ -63,6 +65,11 @@ class Decoder:
         """Open a graph; arguments and errors as `session.open_session`."""
         session = open_session(model_path, device=device, threads=threads, activations=activations, optimized=optimized)
         return cls(session, config, attention, kv_cache, activations)
+
+    @property
+    def attention_rows(self) -> int:
+        """Tokens that attention takes at a time."""
+        return ATTENTION_ROWS_PER_DIM * self.config.head_dim
 
     def start(self, *, batch: int, capacity: int) -> Decoding:
         """Begin with an empty cache of `batch` rows and room for `capacity` tokens in each."""
@@ -135,7 +142,7 @@ class Decoding:
         past = int(self.cache.lengths[row])
         self._decoder.check_ids(ids, past=past)
         self._reserve(past + len(ids))
-        for piece in pieces(len(ids), chunk_tokens):
+        for piece in pieces(len(ids), chunk_tokens, attention_rows=self._decoder.attention_rows):
             yield self._bound(row).run(ids[None, piece], keep=1 if last_only else piece.stop - piece.start)[0]
 
     def decode_step(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -262,17 +269,17 @@ class _RowsCopied(_Rows):
 _ROWS: Mapping[Attention, type[_Rows]] = {"GroupQueryAttention": _RowsInPlace, "plain": _RowsCopied}
 
 
-def pieces(length: int, chunk_tokens: int) -> Iterator[slice]:
+def pieces(length: int, chunk_tokens: int, *, attention_rows: int) -> Iterator[slice]:
     """Cut [0, length) into pieces of `chunk_tokens` at most, or of 2 or 3 where less is asked for.
 
-    None is of a single token, unless length is 1, and none leaves a token alone behind whole `ATTENTION_ROWS`: such a
+    None is of a single token, unless length is 1, and none leaves a token alone behind whole `attention_rows`: such a
     token takes another path through attention and rounds differently. All other pieces give the same bits.
     """
     start = 0
     while start < length:
         rest = length - start
         size = min(rest, max(2, chunk_tokens))
-        while size > 2 and (size % ATTENTION_ROWS == 1 or rest - size == 1):
+        while size > 2 and (size % attention_rows == 1 or rest - size == 1):
             size -= 1
         if rest - size == 1:
             size = rest

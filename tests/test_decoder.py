@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from export.checkpoint import read_checkpoint
 from export.reference import reference_logits
-from runtime.decoder import ATTENTION_ROWS, CHUNK_TOKENS, Decoder, Decoding, pieces
+from runtime.decoder import CHUNK_TOKENS, Decoder, Decoding, pieces
 from runtime.errors import RequestError
 from runtime.package import open_package
 from runtime.text_generator import open_decoder
@@ -156,12 +156,20 @@ def test_prefill_gives_the_same_bits_whatever_the_chunks(decoder: Decoder) -> No
     assert np.array_equal(whole, chunked)
 
 
-@given(length=st.integers(1, 2000), chunk_tokens=st.integers(-1, 300))
-def test_pieces_cover_a_prompt_and_none_is_a_single_token(length: int, chunk_tokens: int) -> None:
-    cut = list(pieces(length, chunk_tokens))
+@pytest.mark.parametrize("length", [33, 34, 64])
+def test_short_heads_have_attention_take_fewer_tokens_at_a_time(tiny_fp32: Path, length: int) -> None:
+    decoder = open_decoder(open_package(tiny_fp32))
+    assert decoder.attention_rows == 32
+    ids = SEQUENCE[np.arange(length) % 60] % 257
+    assert np.array_equal(one_pass(decoder, ids), in_parts(decoder, ids, [9] * (length // 9 - 1) + [9 + length % 9]))
+
+
+@given(length=st.integers(1, 2000), chunk_tokens=st.integers(-1, 300), rows=st.sampled_from([32, 96, 128, 256]))
+def test_pieces_cover_a_prompt_and_none_is_a_single_token(length: int, chunk_tokens: int, rows: int) -> None:
+    cut = list(pieces(length, chunk_tokens, attention_rows=rows))
     assert [place for piece in cut for place in range(piece.start, piece.stop)] == list(range(length))
     sizes = [piece.stop - piece.start for piece in cut]
-    assert all(2 <= size <= max(3, chunk_tokens) and size % ATTENTION_ROWS != 1 for size in sizes) or length == 1
+    assert all(2 <= size <= max(3, chunk_tokens) and size % rows != 1 for size in sizes) or length == 1
 
 
 # Batches
