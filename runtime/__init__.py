@@ -25,11 +25,13 @@ from .errors import (
     PackageError,
     QuantizationError,
     RequestError,
+    SessionError,
     TokenizerError,
     VerificationError,
 )
 from .sampling import SamplingOptions
 from .text_generator import Generation, Sample, SampleStats, TextGenerator
+from .text_session import TextSession
 
 __version__ = "0.1.0"
 
@@ -47,7 +49,9 @@ __all__ = [
     "Sample",
     "SampleStats",
     "SamplingOptions",
+    "SessionError",
     "TextGenerator",
+    "TextSession",
     "TokenizerError",
     "VerificationError",
 ]

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from .activations import WIDE, Activations
 from .config import GPT2Config
 from .errors import MachineError, RequestError
-from .kv_cache import KVCache
+from .kv_cache import Buffer, KVCache
 from .package import ATTENTION_MASK, INPUT_IDS, LOGITS, NUM_LOGITS_TO_KEEP, POSITION_IDS, Attention, CacheType, Device
 from .session import load_onnxruntime, open_session
 
@@ -144,6 +144,18 @@ class Decoding:
         self._reserve(past + len(ids))
         for piece in pieces(len(ids), chunk_tokens, attention_rows=self._decoder.attention_rows):
             yield self._bound(row).run(ids[None, piece], keep=1 if last_only else piece.stop - piece.start)[0]
+
+    def insert(self, row: int, tokens: Buffer) -> None:
+        """Append tokens that this decoder has run before, by their keys and values, behind whatever the row holds.
+
+        Args:
+            row: 0 to B - 1.
+            tokens: [buffers, H, T, D] as `KVCache.row` gives them; the row must fit the context with them.
+        Raises:
+            MachineError: the memory cannot be had.
+        """
+        self._reserve(int(self.cache.lengths[row]) + tokens.shape[2])
+        self.cache.extend(row, tokens)
 
     def decode_step(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
         """Append one id to every row, each at its own length.

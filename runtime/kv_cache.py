@@ -79,12 +79,30 @@ class KVCache:
             buffer[rows, :, :length] = buffer[rows.start, :, :length]
         self.lengths[rows] = length
 
-    def _allocate(self, capacity: int) -> list[Buffer]:
+    def row(self, row: int) -> Buffer:
+        """What a row holds: [buffers, H, P, D], a view."""
+        return self._buffers[:, row, :, : self.lengths[row]]
+
+    def extend(self, row: int, tokens: Buffer) -> None:
+        """Copy the keys and values of further tokens behind a row's, [buffers, H, T, D] as `row` gives them."""
+        start = int(self.lengths[row])
+        end = start + tokens.shape[2]
+        assert end <= self.capacity, "whoever runs the graph makes room first"
+        self._buffers[:, row, :, start:end] = tokens
+        self.lengths[row] = end
+
+    def truncate(self, row: int, length: int) -> None:
+        """Forget what a row holds beyond its first `length` tokens."""
+        assert 0 <= length <= self.lengths[row], "a row cannot be cut to more than it holds"
+        self.lengths[row] = length
+
+    def _allocate(self, capacity: int) -> Buffer:
         """All buffers in one piece: the system refuses one request beyond its memory, but grants many small ones."""
         config = self._config
         shape = (len(CACHE_KINDS) * config.n_layer, self.batch, config.n_head, capacity, config.head_dim)
         try:
-            return list(np.zeros(shape, self._dtype))
+            buffers: Buffer = np.zeros(shape, self._dtype)  # [buffers, B, H, M, D]
+            return buffers
         except (MemoryError, ValueError, OverflowError) as error:  # the last two: more than numpy can number
             needed = config.cache_items_per_token * self._dtype.itemsize * capacity * self.batch
             raise MachineError(
