@@ -127,9 +127,17 @@ def test_what_comes_next_depends_on_the_tokens_and_not_on_the_way_to_them(
 
 @pytest.mark.parametrize("sampling", [SEED, SamplingOptions.greedy()], ids=["sampled", "greedy"])
 def test_a_session_writes_what_the_generator_writes(generator: TextGenerator, sampling: SamplingOptions) -> None:
-    whole = generator.generate(PROMPT, max_new_tokens=N_NEW, sampling=sampling).samples[0]
-    sample = begun(generator, sampling=sampling).generate(max_new_tokens=N_NEW)
+    """From the same logits, bit for bit."""
+    seen: list[NDArray[np.float32]] = []
+
+    def keep(_ids: Sequence[int], logits: NDArray[np.float32]) -> NDArray[np.float32]:
+        seen.append(logits.copy())
+        return logits
+
+    whole = generator.generate(PROMPT, max_new_tokens=N_NEW, sampling=sampling, logits_processor=keep).samples[0]
+    sample = begun(generator, sampling=sampling).generate(max_new_tokens=N_NEW, logits_processor=keep)
     assert (sample.text, sample.ids, sample.finish_reason) == (whole.text, whole.ids, whole.finish_reason)
+    assert np.array_equal(seen[: len(seen) // 2], seen[len(seen) // 2 :])
 
 
 def test_a_text_may_be_written_in_two_parts_at_every_split(generator: TextGenerator) -> None:
