@@ -28,8 +28,9 @@ from .errors import (
     TokenizerError,
     VerificationError,
 )
+from .request import Generation, Request, Sample, SampleStats
 from .sampling import SamplingOptions
-from .text_generator import Generation, Sample, SampleStats, TextGenerator
+from .text_generator import TextGenerator
 
 __version__ = "0.1.0"
 
@@ -43,6 +44,7 @@ __all__ = [
     "MachineError",
     "PackageError",
     "QuantizationError",
+    "Request",
     "RequestError",
     "Sample",
     "SampleStats",

@@ -139,12 +139,19 @@ def test_json_is_one_object_with_the_samples(demo_int8: Path, capsys: pytest.Cap
     options = ["--num-return-sequences", "2", "--seed", "5", "--max-new-tokens", "6", "--json"]
     assert main([str(demo_int8), "“Yes,”", *options]) == 0
     result = json.loads(capsys.readouterr().out)
-    assert set(result) == {"prompt_ids", "seed", "samples"}
+    assert set(result) == {"prompt_ids", "seed", "samples", "truncated"}
     assert result["seed"] == 5
     assert len(result["samples"]) == 2
     for sample in result["samples"]:
         assert set(sample) == {"text", "ids", "finish_reason", "stats"}
-        assert set(sample["stats"]) == {"prompt_tokens", "new_tokens", "ttft_ms", "decode_tokens_per_s"}
+        assert set(sample["stats"]) == {
+            "prompt_tokens",
+            "new_tokens",
+            "ttft_ms",
+            "decode_tokens_per_s",
+            "itl_ms",
+            "reencoded",
+        }
         assert len(sample["ids"]) == 6
 
 
