@@ -47,7 +47,7 @@ class Scheduler:
             if changed:
                 yield changed
             self._close_gaps()
-            if self._rows:
+            if self._rows and not any(row.is_full for row in self._rows):  # a prompt may fill the context at once
                 yield self._step()
             elif not changed:
                 return

@@ -89,10 +89,9 @@ def test_what_was_cancelled_before_it_began_has_no_text(tiny: TextGenerator) -> 
 
 def test_a_text_that_ended_first_was_not_cancelled(tiny: TextGenerator) -> None:
     cancel = threading.Event()
-    sample = tiny.generate(
-        "ab", max_new_tokens=5, min_new_tokens=5, cancel=cancel, logits_processor=after_tokens(5, cancel.set)
-    ).samples[0]
-    assert (sample.finish_reason, len(sample.ids)) == ("length", 5)
+    processor = after_tokens(40, cancel.set)
+    sample = tiny.generate("ab", **OPTIONS, cancel=cancel, logits_processor=processor).samples[0]
+    assert (sample.finish_reason, len(sample.ids)) == ("length", 40)
 
 
 def test_a_stream_that_is_cancelled_gives_the_beginning(tiny: TextGenerator) -> None:

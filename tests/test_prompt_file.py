@@ -74,13 +74,8 @@ def test_the_largest_seed_is_followed_by_zero() -> None:
 
 
 def test_who_names_a_sampling_option_wants_to_sample() -> None:
-    greedy = Request(sampling=SamplingOptions.greedy())
-    requests = read(
-        '{"prompt": "a", "top_k": 3}',
-        '{"prompt": "a"}',
-        '{"prompt": "a", "do_sample": false, "top_k": 3}',
-        default=greedy,
-    )
+    lines = ('{"prompt": "a", "top_k": 3}', '{"prompt": "a"}', '{"prompt": "a", "do_sample": false, "top_k": 3}')
+    requests = read(*lines, default=Request(sampling=SamplingOptions.greedy()))
     assert [request.sampling.do_sample for request in requests if request.sampling] == [True, False, False]  # type: ignore[union-attr]
 
 
@@ -92,7 +87,7 @@ def test_who_names_a_sampling_option_wants_to_sample() -> None:
         ('{"prompt": "a"} and more', "begins with { but is no JSON object (Extra data"),
         (
             '{"prompt": "a", "topk": 3}',
-            "unknown options topk, expected some of deadline_ms, do_sample, max_new_tokens,",
+            "unknown options topk, expected some of deadline_ms, do_sample, max",
         ),
         ('{"prompt": "a", "cancel": 1, "logits_processor": 2}', "unknown options cancel, logits_processor"),
         ('{"max_new_tokens": 3}', 'has no prompt, expected "prompt" with text or a list of token ids'),
