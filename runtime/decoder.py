@@ -14,7 +14,7 @@ from .config import GPT2Config
 from .errors import MachineError, RequestError
 from .kv_cache import KVCache
 from .package import ATTENTION_MASK, INPUT_IDS, LOGITS, NUM_LOGITS_TO_KEEP, POSITION_IDS, Attention, CacheType, Device
-from .session import load_onnxruntime, open_session
+from .session import PROVIDERS, load_onnxruntime, open_session
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -178,6 +178,9 @@ class _Rows:
         self._lengths = cache.lengths[rows]  # [B] int64, a view
         self._buffers = list(cache.bindings(rows))
         self._binding = decoder.session.io_binding()
+        self._reads_own_memory = decoder.session.get_providers() == [
+            PROVIDERS["cpu"]
+        ]  # other devices copy what is bound
         self._alive: dict[str, NDArray[Any]] = {}  # onnxruntime uses the arrays' own memory: they must outlive the run
         self._last = last  # [B, 1, V]: where the logits go if only the last are kept
         self._logits = np.empty((0, 0, 0), np.float32)
@@ -187,7 +190,7 @@ class _Rows:
         n_rows, n_new = ids.shape
         self._set_input(INPUT_IDS, ids)
         self._set_input(POSITION_IDS, self._lengths[:, None] + np.arange(n_new))  # [B, S]
-        self._bind_input(ATTENTION_MASK, self._bind_cache(n_new).astype(np.int64))  # [B, T]
+        self._set_input(ATTENTION_MASK, self._bind_cache(n_new))  # [B, T]
         if self._logits.shape != (n_rows, keep, self._n_vocab):
             self._bind_input(NUM_LOGITS_TO_KEEP, np.array([keep], np.int64))
             self._logits = self._last if keep == 1 else np.empty((n_rows, keep, self._n_vocab), np.float32)
@@ -208,13 +211,14 @@ class _Rows:
     def _take_cache(self) -> None:
         """Put what the last run wrote where it belongs."""
 
-    def _set_input(self, name: str, ids: NDArray[np.int64]) -> None:
-        """Write into the array that is bound, if it has this shape: to bind another takes ten times as long."""
-        bound = self._alive.get(name)
-        if bound is not None and bound.shape == ids.shape:
-            bound[...] = ids
+    def _set_input(self, name: str, values: NDArray[np.int64] | NDArray[np.bool_]) -> None:
+        """Give the graph numbers; where the array of this shape that is bound is what it reads, they go into that."""
+        bound = self._alive.get(name) if self._reads_own_memory else None
+        if bound is not None and bound.shape == values.shape:
+            bound[...] = values
         else:
-            self._bind_input(name, np.array(ids, np.int64, order="C"))
+            self._alive[name] = np.array(values, np.int64, order="C")
+            self._binding.bind_cpu_input(name, self._alive[name])  # half the time of an OrtValue's
 
     def _bind_input(self, name: str, array: NDArray[Any]) -> None:
         self._binding.bind_ortvalue_input(name, self._ort_value(array))
