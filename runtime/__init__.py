@@ -29,8 +29,9 @@ from .errors import (
     TokenizerError,
     VerificationError,
 )
+from .request import Generation, Request, Sample, SampleStats
 from .sampling import SamplingOptions
-from .text_generator import Generation, Sample, SampleStats, TextGenerator
+from .text_generator import TextGenerator
 from .text_session import TextSession
 
 __version__ = "0.1.0"
@@ -45,6 +46,7 @@ __all__ = [
     "MachineError",
     "PackageError",
     "QuantizationError",
+    "Request",
     "RequestError",
     "Sample",
     "SampleStats",

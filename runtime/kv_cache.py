@@ -72,12 +72,13 @@ class KVCache:
             layer, kind = divmod(index, len(CACHE_KINDS))
             yield past_name(layer, CACHE_KINDS[kind]), present_name(layer, CACHE_KINDS[kind]), buffer[rows]
 
-    def repeat_row(self, rows: slice) -> None:
-        """Copy the keys, values and length of the first of these rows into the others."""
-        length = int(self.lengths[rows.start])
+    def copy_row(self, source: int, target: int, *, tokens: int | None = None) -> None:
+        """Make a row equal to another one, or to the first `tokens` tokens of it."""
+        length = int(self.lengths[source]) if tokens is None else tokens
+        assert length <= self.lengths[source], "the source holds fewer tokens than are to be copied"
         for buffer in self._buffers:
-            buffer[rows, :, :length] = buffer[rows.start, :, :length]
-        self.lengths[rows] = length
+            buffer[target, :, :length] = buffer[source, :, :length]
+        self.lengths[target] = length
 
     def row(self, row: int) -> Buffer:
         """What a row holds: [buffers, H, P, D], a view."""

@@ -9,7 +9,6 @@ work: however a session came to its tokens, by rewinding, in a fork or in anothe
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,17 +19,11 @@ from numpy.typing import NDArray
 from .errors import RequestError
 from .kv_cache import Buffer
 from .prefix_cache import PrefixCache
-from .sampling import UINT64_MASK, SamplingOptions, choose_token, fresh_seed, random_uniform
+from .request import LogitsProcessor, Prompt, Request, Sample
+from .row import DEFAULT_NEW_TOKENS, Row, as_ids, prepare
+from .sampling import UINT64_MASK, SamplingOptions, fresh_seed
 from .saved_session import SavedSession, read_session, write_session
-from .text_generator import (
-    DEFAULT_NEW_TOKENS,
-    LogitsProcessor,
-    Prompt,
-    Sample,
-    SampleStats,
-    TextGenerator,
-    _as_ids,
-)
+from .text_generator import TextGenerator
 
 
 class TextSession:
@@ -109,7 +102,7 @@ class TextSession:
             RequestError: it does not fit the context, or ids are out of range; the session is as it was.
             TokenizerError: it is no text.
         """
-        ids = self._generator.tokenizer.encode(prompt) if isinstance(prompt, str) else _as_ids(prompt)
+        ids = self._generator.tokenizer.encode(prompt) if isinstance(prompt, str) else as_ids(prompt)
         if not ids.size:
             return
         if ids.size > self.tokens_left:
@@ -171,22 +164,12 @@ class TextSession:
             RequestError: the new tokens do not fit the context, or a value is out of range.
             MachineError: memory ran out, or the device computes nonsense.
         """
-        started = time.perf_counter()
-        steps = self._steps(max_new_tokens, min_new_tokens, logits_processor)
-        to_run = len(self._ids) - self._known
-        chosen, chosen_at = [], []
-        for token_id in steps:
-            chosen.append(token_id)
-            chosen_at.append(time.perf_counter())
-        stopped = chosen[-1] == self._generator.config.eos_token_id
-        kept = chosen[:-1] if stopped else chosen
-        stats = SampleStats(
-            prompt_tokens=to_run,
-            new_tokens=len(chosen),
-            ttft_ms=(chosen_at[0] - started) * 1e3,
-            decode_tokens_per_s=(len(chosen) - 1) / (chosen_at[-1] - chosen_at[0]) if len(chosen) > 1 else 0.0,
-        )
-        return Sample(self._generator.tokenizer.decode(kept), tuple(kept), "stop" if stopped else "length", stats)
+        to_run = max(1, len(self._ids) - self._known)
+        row = self._row(max_new_tokens, min_new_tokens, logits_processor)
+        for _ in self._chosen(row):
+            pass
+        sample = row.result(self._generator.tokenizer)
+        return replace(sample, stats=replace(sample.stats, prompt_tokens=to_run))
 
     def stream(
         self,
@@ -199,7 +182,7 @@ class TextSession:
 
         What was chosen is kept, whether the text is read to its end or not.
         """
-        return self._stream(self._steps(max_new_tokens, min_new_tokens, logits_processor))
+        return self._stream(self._row(max_new_tokens, min_new_tokens, logits_processor))
 
     def save(self, path: str | Path) -> None:
         """Write the session to a file, which `restore` reads; one that stands there is replaced when all is written.
@@ -261,38 +244,39 @@ class TextSession:
         self._decoding = self._generator.decoder.start(batch=1, capacity=capacity)
         self._decoding.insert(0, past)
 
-    def _steps(
-        self, max_new_tokens: int | None, min_new_tokens: int, logits_processor: LogitsProcessor | None
-    ) -> Iterator[int]:
-        """Check a request and begin; the iterator chooses a token each time, and keeps it unless it ends the text."""
-        room = min(self.tokens_left, self._generator.config.n_ctx - 1)
-        if max_new_tokens is None:
-            max_new_tokens = max(1, min(DEFAULT_NEW_TOKENS, room))
-        if type(max_new_tokens) is not int or max_new_tokens < 1:
-            raise RequestError(f"max_new_tokens is {max_new_tokens!r}, expected a whole number above 0")
-        if type(min_new_tokens) is not int or not 0 <= min_new_tokens <= max_new_tokens:
-            raise RequestError(f"min_new_tokens is {min_new_tokens!r}, expected 0 to max_new_tokens, {max_new_tokens}")
-        if max_new_tokens > room:
+    def _row(self, max_new_tokens: int | None, min_new_tokens: int, logits_processor: LogitsProcessor | None) -> Row:
+        """Check a request; the row chooses its tokens."""
+        config = self._generator.config
+        room = min(self.tokens_left, config.n_ctx - 1)
+        if not room or (type(max_new_tokens) is int and max_new_tokens > room):
             advice = f"ask for at most {room}, or rewind it" if room else "rewind it"
             raise RequestError(
-                f"a session of {len(self._ids)} tokens and max_new_tokens {max_new_tokens} do not fit the model's "
-                f"context of {self._generator.config.n_ctx}; {advice}"
+                f"a session of {len(self._ids)} tokens and max_new_tokens {max_new_tokens or 1} do not fit the model's "
+                f"context of {config.n_ctx}; {advice}"
             )
+        request = Request(
+            self._ids,
+            max_new_tokens=max_new_tokens,
+            min_new_tokens=min_new_tokens,
+            sampling=self.sampling,
+            logits_processor=logits_processor,
+        )
+        tokenizer, default = self._generator.tokenizer, self._generator.default_sampling
+        job = prepare(request, tokenizer=tokenizer, config=config, default_sampling=default)
         if not self._ids:
-            self.append([self._generator.config.eos_token_id])
-        return self._chosen(max_new_tokens, min_new_tokens, logits_processor)
+            self.append(job.prompt)  # the end-of-text token
+        return Row(job, self.sample)
 
-    def _chosen(
-        self, max_new_tokens: int, min_new_tokens: int, logits_processor: LogitsProcessor | None
-    ) -> Iterator[int]:
-        for step in range(max_new_tokens):
-            token_id = self._choose(self._run(), logits_processor, may_end=step >= min_new_tokens)
-            if token_id == self._generator.config.eos_token_id:
-                yield token_id
-                return
-            self._ids.append(token_id)
-            self._generated.append(True)
-            yield token_id
+    def _chosen(self, row: Row) -> Iterator[int]:
+        """Choose a token each time, and keep it unless it ends the text."""
+        while not row.ended:
+            row.advance(self._run())
+            if row.error is not None:
+                raise row.error
+            if row.finish_reason != "stop":
+                self._ids.append(row.ids[-1])
+                self._generated.append(True)
+                yield row.ids[-1]
 
     def _run(self) -> NDArray[np.float32]:
         """Run what was not run yet; logits [V] after the last token, valid until the next run."""
@@ -305,24 +289,9 @@ class TextSession:
             return self._decoding.prefill(0, ids)
         return self._prefix_cache.prefill(self._decoding, 0, ids)
 
-    def _choose(self, logits: NDArray[np.float32], logits_processor: LogitsProcessor | None, *, may_end: bool) -> int:
-        # an embedding may have more rows than there are tokens: padding, which stands for no text
-        logits = logits[: self._generator.tokenizer.n_vocab]
-        if not may_end:
-            logits[self._generator.config.eos_token_id] = -np.inf
-        if logits_processor:
-            logits = logits_processor(self._ids, logits)
-        uniform = 0.0
-        if self.sampling.do_sample:
-            assert self.sampling.seed is not None, "the setter draws one"
-            uniform = random_uniform(self.sampling.seed, self.sample, len(self._ids))
-        return choose_token(logits, self.sampling, uniform)
-
-    def _stream(self, steps: Iterator[int]) -> Iterator[str]:
+    def _stream(self, row: Row) -> Iterator[str]:
         decoder = self._generator.tokenizer.stream()
-        for token_id in steps:
-            if token_id == self._generator.config.eos_token_id:
-                break
+        for token_id in self._chosen(row):
             if text := decoder.push(token_id):
                 yield text
         if text := decoder.finish():

@@ -189,6 +189,20 @@ def test_a_ragged_step_gives_each_row_what_it_gets_alone(decoder: Decoder) -> No
             assert np.abs(logits[row] - decoding.decode_step(ids[row : row + 1])[0]).max() <= RAGGED_STEP
 
 
+def test_a_step_of_the_first_rows_leaves_the_others_alone(decoder: Decoder) -> None:
+    decoding, alone = (decoder.start(batch=batch, capacity=60) for batch in (3, 1))
+    for row in range(3):
+        decoding.prefill(row, SEQUENCE[: 4 + row])
+    alone.prefill(0, SEQUENCE[:4])
+    for place in range(5):
+        logits = decoding.decode_step(SEQUENCE[place : place + 2])
+        assert logits.shape == (2, decoder.config.n_vocab)
+        assert np.abs(logits[0] - alone.decode_step(SEQUENCE[place : place + 1])[0]).max() <= RAGGED_STEP
+    assert decoding.cache.lengths.tolist() == [9, 10, 6]
+    behind = decoding.prefill(2, SEQUENCE[6:8]).copy()
+    assert np.array_equal(behind, decoder.start(batch=1, capacity=60).prefill(0, SEQUENCE[:8]))
+
+
 def test_rows_may_be_prefilled_in_turns(decoder: Decoder) -> None:
     decoding = decoder.start(batch=2, capacity=60)
     decoding.prefill(1, SEQUENCE[:9])
@@ -288,8 +302,8 @@ def test_a_step_beyond_the_context_is_refused_and_changes_nothing(fp32: Decoder)
     assert decoding.cache.lengths.tolist() == [0, 512]
 
 
-def test_a_step_needs_one_id_for_each_row(fp32: Decoder) -> None:
-    with pytest.raises(RequestError, match=r"ids have shape \(3,\), expected one for each of 2 rows"):
+def test_a_step_takes_no_more_ids_than_there_are_rows(fp32: Decoder) -> None:
+    with pytest.raises(RequestError, match="3 ids for 2 rows, expected at most one for each"):
         fp32.start(batch=2, capacity=4).decode_step(SEQUENCE[:3])
 
 

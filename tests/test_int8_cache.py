@@ -105,7 +105,7 @@ def test_a_cache_of_int8_grows_and_repeats_as_any() -> None:
     for _, _, buffer in cache.bindings(slice(0, 1)):
         buffer[...] = 7
     cache.lengths[0] = 4
-    cache.repeat_row(slice(0, 2))
+    cache.copy_row(0, 1)
     cache.reserve(9)
     assert all(
         (buffer[:, :, :4] == 7).all() and buffer.dtype == np.int8 for _, _, buffer in cache.bindings(slice(0, 2))
