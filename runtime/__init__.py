@@ -25,11 +25,14 @@ from .errors import (
     PackageError,
     QuantizationError,
     RequestError,
+    SessionError,
     TokenizerError,
     VerificationError,
 )
+from .request import Generation, Request, Sample, SampleStats
 from .sampling import SamplingOptions
-from .text_generator import Generation, Sample, SampleStats, TextGenerator
+from .text_generator import TextGenerator
+from .text_session import TextSession
 
 __version__ = "0.1.0"
 
@@ -43,11 +46,14 @@ __all__ = [
     "MachineError",
     "PackageError",
     "QuantizationError",
+    "Request",
     "RequestError",
     "Sample",
     "SampleStats",
     "SamplingOptions",
+    "SessionError",
     "TextGenerator",
+    "TextSession",
     "TokenizerError",
     "VerificationError",
 ]

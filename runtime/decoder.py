@@ -14,7 +14,7 @@ from .cache_memory import CacheMemory
 from .config import GPT2Config
 from .errors import MachineError, RequestError
 from .huge_pages import Gathering, gather, private_regions
-from .kv_cache import KVCache
+from .kv_cache import Buffer, KVCache
 from .package import (
     ATTENTION_MASK,
     CACHE_ITEM_BYTES,
@@ -26,7 +26,7 @@ from .package import (
     CacheType,
     Device,
 )
-from .session import load_onnxruntime, open_session
+from .session import PROVIDERS, load_onnxruntime, open_session
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -36,9 +36,11 @@ CHUNK_TOKENS = 192
 with onnxruntime 1.32.0: 774M int8 3.26, 2.95, 2.79, 2.80, 2.90, 3.17 s; with int8 keys and values 4.03, 3.88, 3.89,
 4.02, 4.28, 5.12 s; 124M int8 0.67, 0.60, 0.55, 0.55, 0.57, 0.55 s."""
 
-ATTENTION_ROWS = 128
-"""Tokens that onnxruntime's attention takes at a time. Of pieces of 2 to 299 tokens, those of 129 and of 257 alone
-differed from all others, in the bits of their last token (1.32.0)."""
+ATTENTION_ROWS_PER_DIM = 2
+"""Tokens that onnxruntime's attention takes at a time, for each dimension of a head: 128 with the 64 of every official
+size. Of pieces of 2 to 299 tokens, only those with one token behind whole such blocks differed from all others, in the
+bits of that token: 33, 65, 97 and so on with heads of 16, 97, 193 and 289 with 48, 129 and 257 with 64, 257 with 128
+(1.32.0; 1 and 2 threads)."""
 
 
 class Decoder:
@@ -87,6 +89,11 @@ class Decoder:
         if self._gathering:
             self._gathering.wait()
 
+    @property
+    def attention_rows(self) -> int:
+        """Tokens that attention takes at a time."""
+        return ATTENTION_ROWS_PER_DIM * self.config.head_dim
+
     def start(self, *, batch: int, capacity: int) -> Decoding:
         """Begin with an empty cache of `batch` rows and room for `capacity` tokens in each."""
         cache = KVCache(
@@ -109,17 +116,8 @@ class Decoder:
         Raises:
             RequestError: no row of whole numbers, no ids, ids out of range, or more than the context holds.
         """
-        if ids.ndim != 1 or ids.dtype.kind not in "iu":
-            raise RequestError(f"token ids have shape {ids.shape} and dtype {ids.dtype}, expected one row of integers")
-        if not len(ids):
-            raise RequestError("no token ids to run, expected at least one")
-        if past + len(ids) > self.config.n_ctx:
-            raise RequestError(
-                f"{past + len(ids)} tokens do not fit the model's context of {self.config.n_ctx}; shorten the prompt"
-            )
-        outside = ids[(ids < 0) | (ids >= self.config.n_vocab)]
-        if len(outside):
-            raise RequestError(f"token id {outside[0]} is not in the model, expected 0 to {self.config.n_vocab - 1}")
+        check_ids_are_known(ids, self.config)
+        check_room(past + len(ids), self.config)
 
 
 class Decoding:
@@ -128,7 +126,8 @@ class Decoding:
     def __init__(self, decoder: Decoder, cache: KVCache) -> None:
         self._decoder = decoder
         self.cache = cache
-        self._bind()
+        self._bound: dict[tuple[int, int], _Rows] = {}
+        self._last = np.empty((cache.batch, 1, decoder.config.n_vocab), np.float32)  # logits [B, 1, V], one set for all
 
     def prefill(self, row: int, ids: NDArray[np.int64], *, chunk_tokens: int = CHUNK_TOKENS) -> NDArray[np.float32]:
         """Append ids to one row; arguments and errors as `append`.
@@ -159,66 +158,86 @@ class Decoding:
             raise RequestError(f"no row {row}, expected 0 to {self.cache.batch - 1}")
         past = int(self.cache.lengths[row])
         self._decoder.check_ids(ids, past=past)
-        self._reserve(past + len(ids))
-        for piece in pieces(len(ids), chunk_tokens):
-            yield self._bound(row).run(ids[None, piece], keep=1 if last_only else piece.stop - piece.start)[0]
+        self.reserve(past + len(ids))
+        for piece in pieces(len(ids), chunk_tokens, attention_rows=self._decoder.attention_rows):
+            rows = self._rows(row, row + 1)
+            yield rows.run(ids[None, piece], keep=1 if last_only else piece.stop - piece.start)[0]
 
-    def decode_step(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Append one id to every row, each at its own length.
+    def insert(self, row: int, tokens: Buffer) -> None:
+        """Append tokens that this decoder has run before, by their keys and values, behind whatever the row holds.
 
         Args:
-            ids: [B] int64.
-        Returns:
-            Logits [B, V] float32, valid until the next call.
+            row: 0 to B - 1.
+            tokens: [buffers, H, T, D] as `KVCache.row` gives them; the row must fit the context with them.
         Raises:
-            RequestError: not one id for each row, an id out of range, or a row would outgrow the context.
+            MachineError: the memory cannot be had.
         """
-        if ids.shape != (self.cache.batch,):
-            raise RequestError(f"ids have shape {ids.shape}, expected one for each of {self.cache.batch} rows")
-        longest = int(self.cache.lengths.max())
-        for row_ids in ids[:, None]:
-            self._decoder.check_ids(row_ids, past=longest)
-        self._reserve(longest + 1)
-        logits: NDArray[np.float32] = self._all.run(ids[:, None], keep=1)[:, 0]
+        self.reserve(int(self.cache.lengths[row]) + tokens.shape[2])
+        self.cache.extend(row, tokens)
+
+    def decode_step(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Append one id to each of the first rows, each at its own length.
+
+        Args:
+            ids: [n] int64, 1 <= n <= B: the rows behind the first n are left as they are.
+        Returns:
+            Logits [n, V] float32, valid until the next call.
+        Raises:
+            RequestError: more ids than rows, an id out of range, or a row would outgrow the context.
+        """
+        check_ids_are_known(ids, self._decoder.config)
+        if len(ids) > self.cache.batch:
+            raise RequestError(f"{len(ids)} ids for {self.cache.batch} rows, expected at most one for each")
+        longest = int(self.cache.lengths[: len(ids)].max()) + 1
+        check_room(longest, self._decoder.config)
+        self.reserve(longest)
+        logits: NDArray[np.float32] = self._rows(0, len(ids)).run(ids[:, None], keep=1)[:, 0]
         return logits
 
-    def _reserve(self, tokens: int) -> None:
+    def reserve(self, tokens: int) -> None:
+        """Make room for rows of `tokens` tokens.
+
+        Raises:
+            MachineError: the memory cannot be had; all is as it was.
+        """
         if self.cache.reserve(tokens):
-            self._bind()
+            self._bound.clear()
 
-    def _bind(self) -> None:
-        self._all = _ROWS[self._decoder.attention](self._decoder, self.cache, slice(0, self.cache.batch))
-        self._singles = {0: self._all} if self.cache.batch == 1 else {}
-
-    def _bound(self, row: int) -> _Rows:
-        """One row alone, bound when it is first asked for: samples of one prompt need only one."""
-        if row not in self._singles:
-            self._singles[row] = _ROWS[self._decoder.attention](self._decoder, self.cache, slice(row, row + 1))
-        return self._singles[row]
+    def _rows(self, start: int, stop: int) -> _Rows:
+        """Some rows, bound when they are first asked for."""
+        rows = self._bound.get((start, stop))
+        if rows is None:
+            rows = _ROWS[self._decoder.attention](self._decoder, self.cache, slice(start, stop), self._last[start:stop])
+            self._bound[start, stop] = rows
+        return rows
 
 
 class _Rows:
-    """Some rows of a cache, run by the graph: a run binds ids, positions and mask, and logits of another shape."""
+    """Some rows of a cache, run by the graph: a run binds the mask, and whatever else has another shape than before."""
 
-    def __init__(self, decoder: Decoder, cache: KVCache, rows: slice) -> None:
+    def __init__(self, decoder: Decoder, cache: KVCache, rows: slice, last: NDArray[np.float32]) -> None:
         self._session = decoder.session
         self._ort_value = load_onnxruntime().OrtValue.ortvalue_from_numpy  # shares the array's memory on the CPU
         self._n_vocab = decoder.config.n_vocab
         self._lengths = cache.lengths[rows]  # [B] int64, a view
         self._buffers = list(cache.bindings(rows))
         self._binding = decoder.session.io_binding()
+        self._reads_own_memory = decoder.session.get_providers() == [
+            PROVIDERS["cpu"]
+        ]  # other devices copy what is bound
         self._alive: dict[str, NDArray[Any]] = {}  # onnxruntime uses the arrays' own memory: they must outlive the run
+        self._last = last  # [B, 1, V]: where the logits go if only the last are kept
         self._logits = np.empty((0, 0, 0), np.float32)
 
     def run(self, ids: NDArray[np.int64], *, keep: int) -> NDArray[np.float32]:
         """Append ids [B, S] to the rows; logits [B, keep, V] after the last `keep`, valid until the next run."""
         n_rows, n_new = ids.shape
-        self._bind_input(INPUT_IDS, np.ascontiguousarray(ids, np.int64))
-        self._bind_input(POSITION_IDS, self._lengths[:, None] + np.arange(n_new))  # [B, S]
-        self._bind_input(ATTENTION_MASK, self._bind_cache(n_new).astype(np.int64))  # [B, T]
+        self._set_input(INPUT_IDS, ids)
+        self._set_input(POSITION_IDS, self._lengths[:, None] + np.arange(n_new))  # [B, S]
+        self._set_input(ATTENTION_MASK, self._bind_cache(n_new))  # [B, T]
         if self._logits.shape != (n_rows, keep, self._n_vocab):
             self._bind_input(NUM_LOGITS_TO_KEEP, np.array([keep], np.int64))
-            self._logits = np.empty((n_rows, keep, self._n_vocab), np.float32)
+            self._logits = self._last if keep == 1 else np.empty((n_rows, keep, self._n_vocab), np.float32)
             self._bind_output(LOGITS, self._logits)
         try:
             self._session.run_with_iobinding(self._binding)
@@ -236,6 +255,15 @@ class _Rows:
     def _take_cache(self) -> None:
         """Put what the last run wrote where it belongs."""
 
+    def _set_input(self, name: str, values: NDArray[np.int64] | NDArray[np.bool_]) -> None:
+        """Give the graph numbers; where the array of this shape that is bound is what it reads, they go into that."""
+        bound = self._alive.get(name) if self._reads_own_memory else None
+        if bound is not None and bound.shape == values.shape:
+            bound[...] = values
+        else:
+            self._alive[name] = np.array(values, np.int64, order="C")
+            self._binding.bind_cpu_input(name, self._alive[name])  # half the time of an OrtValue's
+
     def _bind_input(self, name: str, array: NDArray[Any]) -> None:
         self._binding.bind_ortvalue_input(name, self._ort_value(array))
         self._alive[name] = array
@@ -248,8 +276,8 @@ class _Rows:
 class _RowsInPlace(_Rows):
     """The graph writes new keys and values into the cache itself, each row's behind its last: bound once."""
 
-    def __init__(self, decoder: Decoder, cache: KVCache, rows: slice) -> None:
-        super().__init__(decoder, cache, rows)
+    def __init__(self, decoder: Decoder, cache: KVCache, rows: slice, last: NDArray[np.float32]) -> None:
+        super().__init__(decoder, cache, rows, last)
         for past, present, buffer in self._buffers:
             self._bind_input(past, buffer)
             self._bind_output(present, buffer)
@@ -287,17 +315,42 @@ class _RowsCopied(_Rows):
 _ROWS: Mapping[Attention, type[_Rows]] = {"GroupQueryAttention": _RowsInPlace, "plain": _RowsCopied}
 
 
-def pieces(length: int, chunk_tokens: int) -> Iterator[slice]:
+def check_ids_are_known(ids: NDArray[np.int64], config: GPT2Config) -> None:
+    """Refuse what is no row of the model's token ids.
+
+    Raises:
+        RequestError: no row of whole numbers, no ids, or ids out of range.
+    """
+    if ids.ndim != 1 or ids.dtype.kind not in "iu":
+        raise RequestError(f"token ids have shape {ids.shape} and dtype {ids.dtype}, expected one row of integers")
+    if not len(ids):
+        raise RequestError("no token ids to run, expected at least one")
+    outside = ids[(ids < 0) | (ids >= config.n_vocab)]
+    if len(outside):
+        raise RequestError(f"token id {outside[0]} is not in the model, expected 0 to {config.n_vocab - 1}")
+
+
+def check_room(tokens: int, config: GPT2Config) -> None:
+    """Refuse a row of more tokens than the context holds.
+
+    Raises:
+        RequestError: it is longer than n_ctx.
+    """
+    if tokens > config.n_ctx:
+        raise RequestError(f"{tokens} tokens do not fit the model's context of {config.n_ctx}; shorten the prompt")
+
+
+def pieces(length: int, chunk_tokens: int, *, attention_rows: int) -> Iterator[slice]:
     """Cut [0, length) into pieces of `chunk_tokens` at most, or of 2 or 3 where less is asked for.
 
-    None is of a single token, unless length is 1, and none leaves a token alone behind whole `ATTENTION_ROWS`: such a
+    None is of a single token, unless length is 1, and none leaves a token alone behind whole `attention_rows`: such a
     token takes another path through attention and rounds differently. All other pieces give the same bits.
     """
     start = 0
     while start < length:
         rest = length - start
         size = min(rest, max(2, chunk_tokens))
-        while size > 2 and (size % ATTENTION_ROWS == 1 or rest - size == 1):
+        while size > 2 and (size % attention_rows == 1 or rest - size == 1):
             size -= 1
         if rest - size == 1:
             size = rest

@@ -7,6 +7,7 @@
     |-- PackageError                a package that is missing, damaged, or newer than this runtime
     |-- TokenizerError              tokenizer files that are missing or damaged, text that is no text
     |-- RequestError                a request that the model or its options cannot honour
+    |-- SessionError                a saved session that is missing, damaged, or of another package
     |-- DeviceError                 the device that was asked for is not the one that would run
     |-- MachineError            1   the machine failed us: disk full, out of memory
     `-- VerificationError       3   a check ran and did not hold
@@ -45,6 +46,10 @@ class TokenizerError(GPT2EdgeError):
 
 class RequestError(GPT2EdgeError):
     """A generation request that the model or its options cannot honour."""
+
+
+class SessionError(GPT2EdgeError):
+    """A saved session that is missing, damaged, or of another package."""
 
 
 class DeviceError(GPT2EdgeError):

@@ -1,6 +1,7 @@
 """Write text with a package, from the command line.
 
 python -m runtime.generate PACKAGE "Once upon a time"
+python -m runtime.generate PACKAGE --prompts FILE --batch 8 > answers.jsonl
 """
 
 from __future__ import annotations
@@ -8,14 +9,19 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
-from typing import get_args
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, BinaryIO, get_args
 
 from .command_line import CommandLineParser, print_json, run_command
 from .errors import RequestError, TokenizerError
 from .package import Device
+from .prompt_file import read_requests, with_options
+from .request import Generation, Overflow, Request
+from .row import DEFAULT_NEW_TOKENS
 from .sampling import SamplingOptions
-from .text_generator import DEFAULT_NEW_TOKENS, Generation, TextGenerator
+from .text_generator import DEFAULT_BATCH_SIZE, TextGenerator
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,6 +46,18 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same text")
     parser.add_argument("--num-return-sequences", type=int, default=1, metavar="N", help="samples of the same prompt")
     parser.add_argument("--interactive", action="store_true", help="read prompts line by line until end of input")
+    parser.add_argument(
+        "--prompts",
+        metavar="FILE",
+        help="a prompt a line, or a JSON object with a prompt and its options; - is standard input; one JSON object a "
+        "line comes out",
+    )
+    parser.add_argument(
+        "--batch", type=int, metavar="N", help=f"of --prompts, run together (default {DEFAULT_BATCH_SIZE})"
+    )
+    parser.add_argument("--as-ready", action="store_true", help="of --prompts, print each as it ends, not in order")
+    parser.add_argument("--overflow", choices=get_args(Overflow), default="error", help="text longer than the context")
+    parser.add_argument("--deadline-ms", type=float, metavar="MS", help="end each text when so much time is over")
     parser.add_argument("--device", choices=get_args(Device), default="cpu")
     parser.add_argument("--threads", type=int, metavar="N", help="default: the processors this process may use")
     parser.add_argument(
@@ -54,6 +72,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--greedy takes no --temperature, --top-k, --top-p or --seed")
     if options.interactive and (options.prompt or options.json):
         parser.error("--interactive takes no PROMPT and no --json")
+    if options.prompts is None and (options.batch is not None or options.as_ready):
+        parser.error("--batch and --as-ready are for --prompts FILE")
+    if options.prompts is not None and (options.prompt or options.interactive or options.json or options.stats):
+        parser.error("--prompts takes no PROMPT, --interactive, --json or --stats: its lines are JSON, with statistics")
     return options
 
 
@@ -62,7 +84,9 @@ def _generate(options: argparse.Namespace) -> int:
         options.package, device=options.device, threads=options.threads, prepacked_dir=options.prepacked_dir
     )
     sampling = _sampling(options, generator.default_sampling)
-    if options.interactive:
+    if options.prompts is not None:
+        _answer_file(generator, sampling, options)
+    elif options.interactive:
         for prompt in _typed_prompts():
             try:
                 _write(generator, prompt, sampling, options)
@@ -82,13 +106,66 @@ def _sampling(options: argparse.Namespace, default: SamplingOptions) -> Sampling
         for name in ("temperature", "top_k", "top_p", "seed")
         if (value := getattr(options, name)) is not None
     }
-    return replace(default, **given, do_sample=default.do_sample or bool(given))
+    return with_options(default, given)
+
+
+def _answer_file(generator: TextGenerator, sampling: SamplingOptions, options: argparse.Namespace) -> None:
+    """A line of JSON for each line; a bad one is answered by its error, and the others go on."""
+    default = Request(
+        max_new_tokens=options.max_new_tokens,
+        sampling=sampling,
+        num_return_sequences=options.num_return_sequences,
+        overflow=options.overflow,
+        deadline_ms=options.deadline_ms,
+    )
+    first_failed, n_failed, n_lines = None, 0, 0
+    with _opened(options.prompts) as lines:
+        results = generator.generate_many(
+            read_requests(lines, default),
+            batch_size=DEFAULT_BATCH_SIZE if options.batch is None else options.batch,
+            ordered=not options.as_ready,
+            on_error="return",
+        )
+        for result in results:
+            if result.error is not None:
+                first_failed = first_failed or result
+                n_failed += 1
+            answer = _as_json(result) if result.error is None else {"error": str(result.error)}
+            print_json({"index": result.index} | answer)
+            sys.stdout.flush()
+            n_lines += 1
+    if first_failed is not None:
+        line, error = first_failed.index + 1, first_failed.error
+        raise RequestError(
+            f"{options.prompts}: {n_failed} of {n_lines} lines failed, the first is line {line}: {error}"
+        )
+
+
+def _opened(path: str) -> AbstractContextManager[BinaryIO]:
+    if path == "-":
+        return nullcontext(sys.stdin.buffer)
+    try:
+        return Path(path).open("rb")
+    except OSError as error:
+        raise RequestError(f"{path}: cannot be read: {error.strerror}; name a file of prompts") from error
+
+
+def _as_json(result: Generation) -> dict[str, Any]:
+    values = asdict(result)
+    del values["index"], values["error"]  # of a file of prompts alone
+    return values
 
 
 def _write(generator: TextGenerator, prompt: str, sampling: SamplingOptions, options: argparse.Namespace) -> None:
     """Generate and print; a lone sample is printed as it is written."""
     if options.num_return_sequences == 1 and not options.json and not options.stats:
-        for text in generator.stream(prompt, max_new_tokens=options.max_new_tokens, sampling=sampling):
+        for text in generator.stream(
+            prompt,
+            max_new_tokens=options.max_new_tokens,
+            sampling=sampling,
+            overflow=options.overflow,
+            deadline_ms=options.deadline_ms,
+        ):
             print(text, end="", flush=True)
         print()
         return
@@ -97,9 +174,11 @@ def _write(generator: TextGenerator, prompt: str, sampling: SamplingOptions, opt
         max_new_tokens=options.max_new_tokens,
         sampling=sampling,
         num_return_sequences=options.num_return_sequences,
+        overflow=options.overflow,
+        deadline_ms=options.deadline_ms,
     )
     if options.json:
-        print_json(asdict(result))
+        print_json(_as_json(result))
     else:
         for number, sample in enumerate(result.samples, start=1):
             if len(result.samples) > 1:

@@ -85,14 +85,32 @@ class KVCache:
             layer, kind = divmod(index, len(CACHE_KINDS))
             yield past_name(layer, CACHE_KINDS[kind]), present_name(layer, CACHE_KINDS[kind]), buffer[rows]
 
-    def repeat_row(self, rows: slice) -> None:
-        """Copy the keys, values and length of the first of these rows into the others."""
-        length = int(self.lengths[rows.start])
+    def copy_row(self, source: int, target: int, *, tokens: int | None = None) -> None:
+        """Make a row equal to another one, or to the first `tokens` tokens of it."""
+        length = int(self.lengths[source]) if tokens is None else tokens
+        assert length <= self.lengths[source], "the source holds fewer tokens than are to be copied"
         for buffer in self._buffers:
-            buffer[rows, :, :length] = buffer[rows.start, :, :length]
-        self.lengths[rows] = length
+            buffer[target, :, :length] = buffer[source, :, :length]
+        self.lengths[target] = length
 
-    def _allocate(self, capacity: int) -> list[Buffer]:
+    def row(self, row: int) -> Buffer:
+        """What a row holds: [buffers, H, P, D], a view."""
+        return self._buffers[:, row, :, : self.lengths[row]]
+
+    def extend(self, row: int, tokens: Buffer) -> None:
+        """Copy the keys and values of further tokens behind a row's, [buffers, H, T, D] as `row` gives them."""
+        start = int(self.lengths[row])
+        end = start + tokens.shape[2]
+        assert end <= self.capacity, "whoever runs the graph makes room first"
+        self._buffers[:, row, :, start:end] = tokens
+        self.lengths[row] = end
+
+    def truncate(self, row: int, length: int) -> None:
+        """Forget what a row holds beyond its first `length` tokens."""
+        assert 0 <= length <= self.lengths[row], "a row cannot be cut to more than it holds"
+        self.lengths[row] = length
+
+    def _allocate(self, capacity: int) -> Buffer:
         """All buffers in one piece: the system refuses one request beyond its memory, but grants many small ones."""
         config = self._config
         shape = (len(CACHE_KINDS) * config.n_layer, self.batch, config.n_head, capacity, config.head_dim)
@@ -100,7 +118,8 @@ class KVCache:
         spare_tokens = min(-capacity % SPARE_TOKENS, config.n_ctx - capacity)
         try:
             lent = self._memory.lend(capacity * token_items, self._dtype, spare_items=spare_tokens * token_items)
-            return list(lent.reshape(shape))
+            buffers: Buffer = lent.reshape(shape)  # [buffers, B, H, M, D]
+            return buffers
         except (MemoryError, ValueError, OverflowError) as error:  # the last two: more than numpy can number
             needed = config.cache_items_per_token * self._dtype.itemsize * capacity * self.batch
             raise MachineError(

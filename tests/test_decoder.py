@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from export.checkpoint import read_checkpoint
 from export.reference import reference_logits
-from runtime.decoder import ATTENTION_ROWS, CHUNK_TOKENS, Decoder, Decoding, pieces
+from runtime.decoder import CHUNK_TOKENS, Decoder, Decoding, pieces
 from runtime.errors import RequestError
 from runtime.package import open_package
 from runtime.text_generator import open_decoder
@@ -156,12 +156,20 @@ def test_prefill_gives_the_same_bits_whatever_the_chunks(decoder: Decoder) -> No
     assert np.array_equal(whole, chunked)
 
 
-@given(length=st.integers(1, 2000), chunk_tokens=st.integers(-1, 300))
-def test_pieces_cover_a_prompt_and_none_is_a_single_token(length: int, chunk_tokens: int) -> None:
-    cut = list(pieces(length, chunk_tokens))
+@pytest.mark.parametrize("length", [33, 34, 64])
+def test_short_heads_have_attention_take_fewer_tokens_at_a_time(tiny_fp32: Path, length: int) -> None:
+    decoder = open_decoder(open_package(tiny_fp32))
+    assert decoder.attention_rows == 32
+    ids = SEQUENCE[np.arange(length) % 60] % 257
+    assert np.array_equal(one_pass(decoder, ids), in_parts(decoder, ids, [9] * (length // 9 - 1) + [9 + length % 9]))
+
+
+@given(length=st.integers(1, 2000), chunk_tokens=st.integers(-1, 300), rows=st.sampled_from([32, 96, 128, 256]))
+def test_pieces_cover_a_prompt_and_none_is_a_single_token(length: int, chunk_tokens: int, rows: int) -> None:
+    cut = list(pieces(length, chunk_tokens, attention_rows=rows))
     assert [place for piece in cut for place in range(piece.start, piece.stop)] == list(range(length))
     sizes = [piece.stop - piece.start for piece in cut]
-    assert all(2 <= size <= max(3, chunk_tokens) and size % ATTENTION_ROWS != 1 for size in sizes) or length == 1
+    assert all(2 <= size <= max(3, chunk_tokens) and size % rows != 1 for size in sizes) or length == 1
 
 
 # Batches
@@ -179,6 +187,20 @@ def test_a_ragged_step_gives_each_row_what_it_gets_alone(decoder: Decoder) -> No
         logits = together.decode_step(ids)
         for row, decoding in enumerate(alone):
             assert np.abs(logits[row] - decoding.decode_step(ids[row : row + 1])[0]).max() <= RAGGED_STEP
+
+
+def test_a_step_of_the_first_rows_leaves_the_others_alone(decoder: Decoder) -> None:
+    decoding, alone = (decoder.start(batch=batch, capacity=60) for batch in (3, 1))
+    for row in range(3):
+        decoding.prefill(row, SEQUENCE[: 4 + row])
+    alone.prefill(0, SEQUENCE[:4])
+    for place in range(5):
+        logits = decoding.decode_step(SEQUENCE[place : place + 2])
+        assert logits.shape == (2, decoder.config.n_vocab)
+        assert np.abs(logits[0] - alone.decode_step(SEQUENCE[place : place + 1])[0]).max() <= RAGGED_STEP
+    assert decoding.cache.lengths.tolist() == [9, 10, 6]
+    behind = decoding.prefill(2, SEQUENCE[6:8]).copy()
+    assert np.array_equal(behind, decoder.start(batch=1, capacity=60).prefill(0, SEQUENCE[:8]))
 
 
 def test_rows_may_be_prefilled_in_turns(decoder: Decoder) -> None:
@@ -280,8 +302,8 @@ def test_a_step_beyond_the_context_is_refused_and_changes_nothing(fp32: Decoder)
     assert decoding.cache.lengths.tolist() == [0, 512]
 
 
-def test_a_step_needs_one_id_for_each_row(fp32: Decoder) -> None:
-    with pytest.raises(RequestError, match=r"ids have shape \(3,\), expected one for each of 2 rows"):
+def test_a_step_takes_no_more_ids_than_there_are_rows(fp32: Decoder) -> None:
+    with pytest.raises(RequestError, match="3 ids for 2 rows, expected at most one for each"):
         fp32.start(batch=2, capacity=4).decode_step(SEQUENCE[:3])
 
 

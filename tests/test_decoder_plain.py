@@ -94,6 +94,7 @@ def test_a_row_may_be_resumed_after_steps_of_all(decoder: Decoder) -> None:
 def test_a_repeated_row_goes_on_in_every_row(decoder: Decoder) -> None:
     decoding = decoder.start(batch=3, capacity=20)
     decoding.prefill(0, IDS[:9])
-    decoding.cache.repeat_row(slice(0, 3))
+    for row in (1, 2):
+        decoding.cache.copy_row(0, row)
     ids = np.array([1, 2, 3])
     np.testing.assert_array_equal(decoding.decode_step(ids), [expected(np.array([*IDS[:9], i])) for i in ids])

@@ -139,12 +139,19 @@ def test_json_is_one_object_with_the_samples(demo_int8: Path, capsys: pytest.Cap
     options = ["--num-return-sequences", "2", "--seed", "5", "--max-new-tokens", "6", "--json"]
     assert main([str(demo_int8), "“Yes,”", *options]) == 0
     result = json.loads(capsys.readouterr().out)
-    assert set(result) == {"prompt_ids", "seed", "samples"}
+    assert set(result) == {"prompt_ids", "seed", "samples", "truncated"}
     assert result["seed"] == 5
     assert len(result["samples"]) == 2
     for sample in result["samples"]:
         assert set(sample) == {"text", "ids", "finish_reason", "stats"}
-        assert set(sample["stats"]) == {"prompt_tokens", "new_tokens", "ttft_ms", "decode_tokens_per_s"}
+        assert set(sample["stats"]) == {
+            "prompt_tokens",
+            "new_tokens",
+            "ttft_ms",
+            "decode_tokens_per_s",
+            "itl_ms",
+            "reencoded",
+        }
         assert len(sample["ids"]) == 6
 
 
@@ -176,6 +183,79 @@ def test_no_prompt_writes_out_of_nothing(
     assert capsys.readouterr().out == expected(generator, "", 5, seed=8) + "\n"
 
 
+# A file of prompts
+
+
+def answers(out: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in out.splitlines()]
+
+
+def test_a_file_of_prompts_is_answered_line_by_line(demo_int8: Path, generator: TextGenerator, tmp_path: Path) -> None:
+    file = tmp_path / "prompts"
+    lines = [PROMPT, '{"prompt": "The old", "max_new_tokens": 4, "seed": 9, "num_return_sequences": 2}', "", "“Yes,”"]
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    status, out, err = run(demo_int8, "--prompts", file, "--batch", "2", "--seed", "3", "--max-new-tokens", "6")
+    assert (status, err) == (0, "")
+    result = answers(out)
+    assert [answer["index"] for answer in result] == [0, 1, 2, 3]
+    assert [answer["seed"] for answer in result] == [3, 9, 5, 6]
+    assert [len(answer["samples"]) for answer in result] == [1, 2, 1, 1]
+    assert [answer["samples"][0]["text"] for answer in result] == [
+        expected(generator, PROMPT, 6, seed=3),
+        expected(generator, "The old", 4, seed=9),
+        expected(generator, "", 6, seed=5),
+        expected(generator, "“Yes,”", 6, seed=6),
+    ]
+
+
+def test_prompts_may_come_from_standard_input(demo_int8: Path, generator: TextGenerator) -> None:
+    status, out, _ = run(demo_int8, "--prompts", "-", "--greedy", "--max-new-tokens", "5", stdin=PROMPT.encode())
+    assert status == 0
+    assert answers(out)[0]["samples"][0]["text"] == expected(generator, PROMPT, 5, do_sample=False)
+
+
+def test_a_bad_line_is_answered_by_its_error_and_the_others_go_on(
+    demo_int8: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "prompts"
+    file.write_bytes(b'a\ncaf\xe9\n{"prompt": "b", "topk": 3}\n' + b"word " * 600 + b"\nb\n")
+    assert main([str(demo_int8), "--prompts", str(file), "--max-new-tokens", "3"]) == 2
+    printed = capsys.readouterr()
+    result = answers(printed.out)
+    assert [answer["index"] for answer in result] == [0, 1, 2, 3, 4]
+    assert [set(answer) == {"index", "error"} for answer in result] == [False, True, True, True, False]
+    assert "do not fit the model's context of 512" in result[3]["error"]
+    assert printed.err == f"error: {file}: 3 of 5 lines failed, the first is line 2: {result[1]['error']}\n"
+
+
+def test_answers_as_ready_name_their_lines(demo_int8: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "prompts"
+    file.write_text("".join(f'{{"prompt": "a", "max_new_tokens": {tokens}}}\n' for tokens in (30, 2, 9)))
+    assert main([str(demo_int8), "--prompts", str(file), "--as-ready", "--greedy"]) == 0
+    assert [answer["index"] for answer in answers(capsys.readouterr().out)] == [1, 2, 0]
+
+
+def test_a_file_that_is_not_there_is_one_line_and_status_2(
+    demo_int8: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(demo_int8), "--prompts", str(tmp_path / "absent")]) == 2
+    assert capsys.readouterr().err == (
+        f"error: {tmp_path / 'absent'}: cannot be read: No such file or directory; name a file of prompts\n"
+    )
+
+
+def test_text_beyond_the_context_goes_on_if_it_is_asked_to(demo_int8: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--max-new-tokens", "600", "--overflow", "reencode", "--seed", "1", "--json"]
+    assert main([str(demo_int8), PROMPT, *options]) == 0
+    (sample,) = json.loads(capsys.readouterr().out)["samples"]
+    assert sample["stats"]["reencoded"] == (1 if sample["finish_reason"] == "length" else 0)
+
+
+def test_a_deadline_is_the_finish_reason(demo_int8: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(demo_int8), PROMPT, "--deadline-ms", "1e-6", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["samples"][0]["finish_reason"] == "deadline"
+
+
 def test_options_replace_the_packages_own(
     demo_int8: Path, generator: TextGenerator, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -196,6 +276,7 @@ def test_options_replace_the_packages_own(
         (["--max-new-tokens", "0"], "max_new_tokens is 0, expected a whole number above 0"),
         (["--max-new-tokens", "512"], "do not fit the model's context of 512; shorten the prompt or ask for at most 5"),
         (["--num-return-sequences", "0"], "num_return_sequences is 0"),
+        (["--deadline-ms", "0"], "deadline_ms is 0.0, expected a number of milliseconds above 0"),
         (["--threads", "0"], "threads is 0, expected a whole number from 1 to"),
     ],
 )
@@ -217,6 +298,10 @@ def test_a_value_out_of_range_is_one_line_and_status_2(
         (["--greedy", "--seed", "0"], "--greedy takes no"),
         (["a prompt", "--interactive"], "--interactive takes no PROMPT and no --json"),
         (["--interactive", "--json"], "--interactive takes no PROMPT and no --json"),
+        (["--batch", "2"], "--batch and --as-ready are for --prompts FILE"),
+        (["--as-ready"], "--batch and --as-ready are for --prompts FILE"),
+        (["a prompt", "--prompts", "file"], "--prompts takes no PROMPT, --interactive, --json or --stats"),
+        (["--prompts", "file", "--stats"], "--prompts takes no PROMPT, --interactive, --json or --stats"),
         (["--max-new-tokens", "many"], "invalid int value: 'many'"),
         (["--device", "tpu"], "invalid choice: 'tpu'"),
     ],

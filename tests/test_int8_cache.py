@@ -34,10 +34,8 @@ Capture = pytest.CaptureFixture[str]
 
 
 @pytest.fixture(scope="module")
-def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo checkpoint in int8, its keys and values too: read only."""
-    output = tmp_path_factory.mktemp("packages") / "demo-int8-kv8"
-    return convert(DEMO_CHECKPOINT, output, precision="int8", kv_cache="int8").package
+def package(demo_int8_cache: Path) -> Path:
+    return demo_int8_cache
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +105,7 @@ def test_a_cache_of_int8_grows_and_repeats_as_any() -> None:
     for _, _, buffer in cache.bindings(slice(0, 1)):
         buffer[...] = 7
     cache.lengths[0] = 4
-    cache.repeat_row(slice(0, 2))
+    cache.copy_row(0, 1)
     cache.reserve(9)
     assert all(
         (buffer[:, :, :4] == 7).all() and buffer.dtype == np.int8 for _, _, buffer in cache.bindings(slice(0, 2))

@@ -82,16 +82,19 @@ def test_growth_keeps_the_tokens_and_the_lengths() -> None:
     assert all((buffer[:, :, :4] == 7.0).all() for _, _, buffer in cache.bindings(slice(0, 2)))
 
 
-def test_repeat_row_gives_the_rows_behind_it_its_tokens_and_length() -> None:
-    cache = KVCache(CONFIG, batch=4, capacity=4)
-    for row in range(4):
+@pytest.mark.parametrize(("tokens", "copied"), [(None, 3), (2, 2)])
+def test_a_row_takes_another_ones_tokens_and_length(tokens: int | None, copied: int) -> None:
+    cache = KVCache(CONFIG, batch=3, capacity=4)
+    for row in range(3):
         for _, _, buffer in cache.bindings(slice(row, row + 1)):
             buffer[...] = row
-    cache.lengths[:] = (1, 3, 2, 4)
-    cache.repeat_row(slice(1, 3))
-    assert cache.lengths.tolist() == [1, 3, 3, 4]
-    for row, held in enumerate((0, 1, 1, 3)):
-        assert all((buffer[:, :, :3] == held).all() for _, _, buffer in cache.bindings(slice(row, row + 1)))
+    cache.lengths[:] = (1, 3, 4)
+    cache.copy_row(1, 2, tokens=tokens)
+    assert cache.lengths.tolist() == [1, 3, copied]
+    for row, held in enumerate((0, 1, 2)):
+        for _, _, buffer in cache.bindings(slice(row, row + 1)):
+            assert (buffer[:, :, :copied] == (1 if row == 2 else held)).all()
+            assert (buffer[:, :, copied:] == held).all()
 
 
 @pytest.mark.parametrize(("batch", "capacity"), [(0, 4), (-1, 4), (1, 0), (1, CONFIG.n_ctx + 1)])

@@ -23,7 +23,8 @@ from runtime import (
     TokenizerError,
 )
 from runtime.package import open_package, write_manifest
-from runtime.text_generator import DEFAULT_NEW_TOKENS, open_decoder
+from runtime.row import DEFAULT_NEW_TOKENS
+from runtime.text_generator import open_decoder
 
 from .conftest import BYTES_AND_END, DEMO_CHECKPOINT, bytes_checkpoint, converted
 

@@ -16,8 +16,9 @@ from typing import Any, Generic, TypeVar
 from ..errors import GPT2EdgeError, MachineError
 from ..package import Device, Package
 from ..prepacked import prepacked_model
+from ..request import LogitsProcessor
 from ..session import load_onnxruntime
-from ..text_generator import LogitsProcessor, TextGenerator
+from ..text_generator import TextGenerator
 from .machine import peak_rss_bytes, reset_peak_rss
 from .page_cache import drop_from_page_cache, resident_share
 from .timing import RunTimes, time_run

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from ..request import LogitsProcessor
 from ..sampling import SamplingOptions
-from ..text_generator import LogitsProcessor, TextGenerator
+from ..text_generator import TextGenerator
 
 GREEDY = SamplingOptions.greedy()
 

@@ -1,0 +1,149 @@
+"""What batches are worth: tokens/s of a batch beside one row, and generate_many beside the least that it can take.
+
+    scripts/bench batching PACKAGE [--batch 8] [--requests 64] [--rounds 3] [--threads N] [--json]
+                                   [--speedup-at-least R] [--many-at-most R]
+
+speedup      tokens/s of steady decoding with all rows going, over those of one row; prompts of as many tokens as the
+             requests below have on average. Rounds alternate between the two; medians of all gaps between tokens.
+many         the time of generate_many over requests of mixed lengths, over (the sum of their prompts' times, each run
+             alone, + the tokens behind the first ones at the batch's steady speed). Above 1 stand the steps at the end
+             that fewer rows share, rows that are moved, and all else that a loop adds; median of the rounds.
+Greedy, end-of-text forbidden. Exit status 3 if a bar that was given is missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime import Request, SamplingOptions, TextGenerator
+from runtime.command_line import CommandLineParser, run_command
+from runtime.errors import VerificationError
+
+GREEDY = SamplingOptions.greedy()
+PROMPT_TOKENS = (16, 256)
+NEW_TOKENS = (16, 128)
+STEADY_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Result:
+    """Times in milliseconds, medians over the rounds."""
+
+    batch: int
+    requests: int
+    row_ms: float  # a token of one row alone
+    step_ms: float  # a token of each row of the batch
+    speedup: float
+    prefills_ms: float
+    steady_ms: float
+    many_ms: float
+    many: float
+
+
+def random_prompts(generator: TextGenerator, lengths: list[int], rng: np.random.Generator) -> list[NDArray[np.int64]]:
+    return [rng.integers(0, generator.tokenizer.n_vocab - 1, length) for length in lengths]
+
+
+def steady_gaps_ms(generator: TextGenerator, prompts: list[NDArray[np.int64]]) -> list[float]:
+    """From each step to the next, all rows going."""
+    marks = [
+        time.perf_counter()
+        for _ in generator.steps(prompts, max_new_tokens=STEADY_TOKENS, min_new_tokens=STEADY_TOKENS, sampling=GREEDY)
+    ]
+    return (np.diff(marks) * 1e3).tolist()
+
+
+def prefills_ms(generator: TextGenerator, requests: list[Request]) -> float:
+    """Each prompt alone, up to its first token."""
+    started = time.perf_counter()
+    for request in requests:
+        generator.generate(request.prompt, max_new_tokens=1, min_new_tokens=1, sampling=GREEDY)
+    return (time.perf_counter() - started) * 1e3
+
+
+def many_ms(generator: TextGenerator, requests: list[Request], batch: int) -> float:
+    started = time.perf_counter()
+    results = list(generator.generate_many(requests, batch_size=batch))
+    elapsed = (time.perf_counter() - started) * 1e3
+    assert [result.samples[0].stats.new_tokens for result in results] == [r.max_new_tokens for r in requests]
+    return elapsed
+
+
+def measure(options: argparse.Namespace) -> Result:
+    generator = TextGenerator.load(options.package, threads=options.threads)
+    rng = np.random.default_rng(0)
+    prompts = random_prompts(generator, rng.integers(*PROMPT_TOKENS, options.requests, endpoint=True).tolist(), rng)
+    new_tokens = rng.integers(*NEW_TOKENS, options.requests, endpoint=True).tolist()
+    requests = [
+        Request(prompt, max_new_tokens=count, min_new_tokens=count, sampling=GREEDY)
+        for prompt, count in zip(prompts, new_tokens, strict=True)
+    ]
+    mean_length = int(np.mean([len(prompt) for prompt in prompts]))
+    steady = random_prompts(generator, [mean_length] * options.batch, rng)
+    row, step, prefills, many = [], [], [], []
+    for round_number in range(1 + options.rounds):
+        gaps = steady_gaps_ms(generator, steady[:1]), steady_gaps_ms(generator, steady)
+        both = prefills_ms(generator, requests), many_ms(generator, requests, options.batch)
+        if round_number:  # the first is a warm-up
+            row += gaps[0]
+            step += gaps[1]
+            prefills.append(both[0])
+            many.append(both[1])
+    row_ms, step_ms = float(np.median(row)), float(np.median(step))
+    steady_ms = (sum(new_tokens) - options.requests) * step_ms / options.batch
+    return Result(
+        batch=options.batch,
+        requests=options.requests,
+        row_ms=row_ms,
+        step_ms=step_ms,
+        speedup=options.batch * row_ms / step_ms,
+        prefills_ms=float(np.median(prefills)),
+        steady_ms=steady_ms,
+        many_ms=float(np.median(many)),
+        many=float(np.median(many)) / (float(np.median(prefills)) + steady_ms),
+    )
+
+
+def report(options: argparse.Namespace) -> int:
+    result = measure(options)
+    if options.json:
+        print(json.dumps(asdict(result)))
+    else:
+        print(
+            f"one row {result.row_ms:.2f} ms a token, {result.batch} rows {result.step_ms:.2f} ms a step: "
+            f"{result.speedup:.2f} times the tokens/s\n"
+            f"generate_many, {result.requests} requests: {result.many_ms:.0f} ms, prompts {result.prefills_ms:.0f} + "
+            f"steady decoding {result.steady_ms:.0f} ms: {result.many:.3f} times"
+        )
+    if options.speedup_at_least is not None and result.speedup < options.speedup_at_least:
+        raise VerificationError(f"a batch is {result.speedup:.2f} times as fast, expected {options.speedup_at_least}")
+    if options.many_at_most is not None and result.many > options.many_at_most:
+        raise VerificationError(f"generate_many takes {result.many:.3f} times, expected {options.many_at_most}")
+    return 0
+
+
+def main() -> int:
+    parser = CommandLineParser(prog="batching", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("package", type=Path)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--requests", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--speedup-at-least", type=float, metavar="R")
+    parser.add_argument("--many-at-most", type=float, metavar="R")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    return run_command(lambda: report(options))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,298 @@
+"""TextSession: one text that grows: append, generate, rewind, fork, save and go on from there.
+
+A session runs each token once, and its last one only when the next is asked for. A token's keys and values are a
+function of the tokens before it and of how it was run: alone, if the model chose the next token while it was the last
+and so had been the one before; else in a piece with its neighbours, all of whose cuts give the same bits (see
+`decoder.pieces`). Which it was can be told from which tokens were generated. So the cache is no state, but a memory of
+work: however a session came to its tokens, by rewinding, in a fork or in another process, it goes on in the same way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import RequestError
+from .kv_cache import Buffer
+from .prefix_cache import PrefixCache
+from .request import LogitsProcessor, Prompt, Request, Sample
+from .row import DEFAULT_NEW_TOKENS, Row, as_ids, prepare
+from .sampling import UINT64_MASK, SamplingOptions, fresh_seed
+from .saved_session import SavedSession, read_session, write_session
+from .text_generator import TextGenerator
+
+
+class TextSession:
+    """A text under way. One thread at a time may use it; any number of sessions may share a generator.
+
+    What comes next is a function of `ids`, of which of them were generated, and of `sampling` and `sample`: these may
+    be set anew at any time. The random number of a token depends on (seed, sample, position) alone.
+    """
+
+    def __init__(
+        self,
+        generator: TextGenerator,
+        *,
+        sampling: SamplingOptions | None = None,
+        sample: int = 0,
+        prefix_cache: PrefixCache | None = None,
+    ) -> None:
+        """Begin with no tokens.
+
+        Args:
+            generator: the package.
+            sampling: how tokens are chosen; None takes the package's own defaults. A seed is drawn if it has none.
+            sample: 0 to 2**64 - 1; sessions of one seed and several samples go on differently.
+            prefix_cache: of the same generator: what it remembers of a first text is not run again.
+        Raises:
+            RequestError: sample is out of range.
+        """
+        self._generator = generator
+        self._prefix_cache = prefix_cache
+        self.sampling = sampling or generator.default_sampling
+        self.sample = sample
+        self._ids: list[int] = []
+        self._generated: list[bool] = []  # by token: chosen by the model
+        self._decoding = generator.decoder.start(batch=1, capacity=1)
+
+    @property
+    def sampling(self) -> SamplingOptions:
+        """How the next tokens are chosen, with the seed."""
+        return self._sampling
+
+    @sampling.setter
+    def sampling(self, sampling: SamplingOptions) -> None:
+        self._sampling = replace(sampling, seed=fresh_seed()) if sampling.seed is None else sampling
+
+    @property
+    def sample(self) -> int:
+        """Which of the seed's samples this is."""
+        return self._sample
+
+    @sample.setter
+    def sample(self, sample: int) -> None:
+        if type(sample) is not int or not 0 <= sample <= UINT64_MASK:
+            raise RequestError(f"sample is {sample!r}, expected a whole number from 0 to 2**64 - 1")
+        self._sample = sample
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """All tokens. An end-of-text that the model chose is none of them; what is appended follows the text itself."""
+        return tuple(self._ids)
+
+    @property
+    def text(self) -> str:
+        return self._generator.tokenizer.decode(self._ids)
+
+    @property
+    def tokens_left(self) -> int:
+        """How many more tokens the context holds."""
+        return self._generator.config.n_ctx - len(self._ids)
+
+    def append(self, prompt: Prompt) -> None:
+        """Append text or token ids, to be run when the next token is asked for.
+
+        Text is encoded by itself: cut elsewhere, the same text may be other tokens.
+
+        Raises:
+            RequestError: it does not fit the context, or ids are out of range; the session is as it was.
+            TokenizerError: it is no text.
+        """
+        ids = self._generator.tokenizer.encode(prompt) if isinstance(prompt, str) else as_ids(prompt)
+        if not ids.size:
+            return
+        if ids.size > self.tokens_left:
+            raise RequestError(
+                f"{ids.size} tokens to append to {len(self._ids)} do not fit the model's context of "
+                f"{self._generator.config.n_ctx}; append at most {self.tokens_left}, or rewind the session"
+            )
+        self._generator.decoder.check_ids(ids, past=len(self._ids))
+        self._ids += ids.tolist()
+        self._generated += [False] * len(ids)
+
+    def rewind(self, tokens: int) -> None:
+        """Forget all but the first `tokens` tokens.
+
+        Raises:
+            RequestError: the session has no such number of tokens.
+        """
+        if type(tokens) is not int or not 0 <= tokens <= len(self._ids):
+            raise RequestError(f"cannot rewind to {tokens!r} tokens, expected 0 to {len(self._ids)}, what there is")
+        del self._ids[tokens:], self._generated[tokens:]
+        self._forget(beyond=self._known)
+
+    def fork(self, *, sample: int | None = None) -> TextSession:
+        """Another session with the same tokens, for the price of a copy of their keys and values.
+
+        Args:
+            sample: of the fork; None keeps the session's, and both go on alike.
+        Raises:
+            RequestError: sample is out of range.
+            MachineError: the memory cannot be had.
+        """
+        session = TextSession(
+            self._generator,
+            sampling=self.sampling,
+            sample=self.sample if sample is None else sample,
+            prefix_cache=self._prefix_cache,
+        )
+        session._take(self._ids, self._generated, self._past)
+        return session
+
+    def generate(
+        self,
+        *,
+        max_new_tokens: int | None = None,
+        min_new_tokens: int = 0,
+        logits_processor: LogitsProcessor | None = None,
+    ) -> Sample:
+        """Go on, and keep what was written. A session without tokens begins with the end-of-text token.
+
+        A character that the last token leaves unfinished is U+FFFD in the sample, and whole in `text` once it is.
+
+        Args:
+            max_new_tokens: the most that is written; None takes 128, or what the context has room for.
+            min_new_tokens: the end-of-text token is not chosen before this many.
+            logits_processor: sees, and may change, what each token is chosen from.
+        Returns:
+            The continuation; its `stats.prompt_tokens` are the tokens that were run before the first new one.
+        Raises:
+            RequestError: the new tokens do not fit the context, or a value is out of range.
+            MachineError: memory ran out, or the device computes nonsense.
+        """
+        to_run = max(1, len(self._ids) - self._known)
+        row = self._row(max_new_tokens, min_new_tokens, logits_processor)
+        for _ in self._chosen(row):
+            pass
+        sample = row.result(self._generator.tokenizer)
+        return replace(sample, stats=replace(sample.stats, prompt_tokens=to_run))
+
+    def stream(
+        self,
+        *,
+        max_new_tokens: int | None = None,
+        min_new_tokens: int = 0,
+        logits_processor: LogitsProcessor | None = None,
+    ) -> Iterator[str]:
+        """As `generate`, but yield the text as soon as it is certain.
+
+        What was chosen is kept, whether the text is read to its end or not.
+        """
+        return self._stream(self._row(max_new_tokens, min_new_tokens, logits_processor))
+
+    def save(self, path: str | Path) -> None:
+        """Write the session to a file, which `restore` reads; one that stands there is replaced when all is written.
+
+        Raises:
+            RequestError: it is larger than a session file can be.
+            MachineError: it cannot be written.
+        """
+        saved = SavedSession(
+            ids=np.array(self._ids, np.int64),
+            generated=np.array(self._generated, np.bool_),
+            past=self._past,
+            sampling=self.sampling,
+            sample=self.sample,
+        )
+        write_session(Path(path), saved, self._generator.package.manifest)
+
+    @classmethod
+    def restore(
+        cls,
+        generator: TextGenerator,
+        path: str | Path,
+        *,
+        reencode: bool = False,
+        prefix_cache: PrefixCache | None = None,
+    ) -> TextSession:
+        """Read a session that `save` wrote; it goes on as the saved one would have.
+
+        Args:
+            generator: the package that it was saved with.
+            path: the file.
+            reencode: take a session of another package with the same tokenizer too, and run its tokens again.
+            prefix_cache: as when a session begins.
+        Raises:
+            SessionError: the file is missing, damaged, no session, or belongs to another package.
+            MachineError: the memory cannot be had.
+        """
+        saved = read_session(Path(path), generator.package.manifest, reencode=reencode)
+        session = cls(generator, sampling=saved.sampling, sample=saved.sample, prefix_cache=prefix_cache)
+        session._take(saved.ids.tolist(), saved.generated.tolist(), saved.past)
+        return session
+
+    @property
+    def _known(self) -> int:
+        """Tokens whose keys and values are there and need not be run again: never the last, whose logits are wanted."""
+        return max(0, min(int(self._decoding.cache.lengths[0]), len(self._ids) - 1))
+
+    @property
+    def _past(self) -> Buffer:
+        """[2L, H, P, D], a view."""
+        return self._decoding.cache.row(0)[:, :, : self._known]
+
+    def _forget(self, *, beyond: int) -> None:
+        self._decoding.cache.truncate(0, beyond)
+
+    def _take(self, ids: Sequence[int], generated: Sequence[bool], past: Buffer) -> None:
+        self._ids, self._generated = list(ids), list(generated)
+        capacity = min(past.shape[2] + DEFAULT_NEW_TOKENS, self._generator.config.n_ctx)
+        self._decoding = self._generator.decoder.start(batch=1, capacity=capacity)
+        self._decoding.insert(0, past)
+
+    def _row(self, max_new_tokens: int | None, min_new_tokens: int, logits_processor: LogitsProcessor | None) -> Row:
+        """Check a request; the row chooses its tokens."""
+        config = self._generator.config
+        room = min(self.tokens_left, config.n_ctx - 1)
+        if not room or (type(max_new_tokens) is int and max_new_tokens > room):
+            advice = f"ask for at most {room}, or rewind it" if room else "rewind it"
+            raise RequestError(
+                f"a session of {len(self._ids)} tokens and max_new_tokens {max_new_tokens or 1} do not fit the model's "
+                f"context of {config.n_ctx}; {advice}"
+            )
+        request = Request(
+            self._ids,
+            max_new_tokens=max_new_tokens,
+            min_new_tokens=min_new_tokens,
+            sampling=self.sampling,
+            logits_processor=logits_processor,
+        )
+        tokenizer, default = self._generator.tokenizer, self._generator.default_sampling
+        job = prepare(request, tokenizer=tokenizer, config=config, default_sampling=default)
+        if not self._ids:
+            self.append(job.prompt)  # the end-of-text token
+        return Row(job, self.sample)
+
+    def _chosen(self, row: Row) -> Iterator[int]:
+        """Choose a token each time, and keep it unless it ends the text."""
+        while not row.ended:
+            row.advance(self._run())
+            if row.error is not None:
+                raise row.error
+            if row.finish_reason != "stop":
+                self._ids.append(row.ids[-1])
+                self._generated.append(True)
+                yield row.ids[-1]
+
+    def _run(self) -> NDArray[np.float32]:
+        """Run what was not run yet; logits [V] after the last token, valid until the next run."""
+        start = self._known
+        if start == len(self._ids) - 1 > 0 and not self._generated[-1]:
+            start -= 1  # a token that was given is run in a piece of two at least: see above
+        self._forget(beyond=start)
+        ids = np.array(self._ids[start:], np.int64)
+        if start or self._prefix_cache is None:
+            return self._decoding.prefill(0, ids)
+        return self._prefix_cache.prefill(self._decoding, 0, ids)
+
+    def _stream(self, row: Row) -> Iterator[str]:
+        decoder = self._generator.tokenizer.stream()
+        for token_id in self._chosen(row):
+            if text := decoder.push(token_id):
+                yield text
+        if text := decoder.finish():
+            yield text

@@ -1,0 +1,419 @@
+"""TextSession: however a session came to its tokens, it goes on bit for bit in the same way."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from runtime import RequestError, SamplingOptions, TextGenerator, TextSession
+from runtime.prefix_cache import PrefixCache
+
+ROOT = Path(__file__).parents[1]
+PROMPT = "“I do not know,” said he; “it"
+SEED = SamplingOptions(seed=7)
+N_NEW = 24
+
+IDS = np.random.default_rng(3).integers(0, 8191, 400).tolist()
+
+
+@pytest.fixture(scope="module")
+def fp32(demo_fp32: Path) -> TextGenerator:
+    return TextGenerator.load(demo_fp32)
+
+
+@pytest.fixture(scope="module")
+def int8(demo_int8: Path) -> TextGenerator:
+    return TextGenerator.load(demo_int8)
+
+
+@pytest.fixture(scope="module")
+def int8_cache(demo_int8_cache: Path) -> TextGenerator:
+    return TextGenerator.load(demo_int8_cache)
+
+
+@pytest.fixture(scope="module", params=["fp32", "int8", "int8_cache"])
+def generator(request: pytest.FixtureRequest) -> TextGenerator:
+    chosen: TextGenerator = request.getfixturevalue(request.param)
+    return chosen
+
+
+@pytest.fixture(scope="module")
+def babbler(tiny_fp32: Path) -> TextGenerator:
+    """Ends a text at one token in a few hundred."""
+    return TextGenerator.load(tiny_fp32)
+
+
+def begun(generator: TextGenerator, prompt: str | Sequence[int] = PROMPT, **options: Any) -> TextSession:
+    session = TextSession(generator, **({"sampling": SEED} | options))
+    session.append(prompt)
+    return session
+
+
+def next_logits(session: TextSession) -> NDArray[np.float32]:
+    """What the session's next token is chosen from, as a fork tells: the session itself stays as it is."""
+    seen: list[NDArray[np.float32]] = []
+
+    def keep(_ids: Sequence[int], logits: NDArray[np.float32]) -> NDArray[np.float32]:
+        seen.append(logits.copy())
+        return logits
+
+    session.fork().generate(max_new_tokens=1, logits_processor=keep)
+    return seen[0]
+
+
+def replayed(session: TextSession) -> TextSession:
+    """A new session with the same tokens: what was given is appended again, what was generated is generated again."""
+    fresh = TextSession(session._generator, sampling=session.sampling, sample=session.sample)
+    for place, token_id in enumerate(session.ids):
+        if session._generated[place]:
+            fresh.generate(max_new_tokens=1, min_new_tokens=1)
+        else:
+            fresh.append([token_id])
+    return fresh
+
+
+# The law
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    prompt_length=st.sampled_from([0, 1, 2, 3, 50, 127, 128, 129, 200]),
+    steps=st.lists(
+        st.one_of(
+            st.tuples(st.just("append"), st.integers(1, 5)),
+            st.tuples(st.just("generate"), st.integers(1, 5)),
+            st.tuples(st.just("rewind"), st.floats(0, 1)),
+            st.tuples(st.just("fork"), st.none()),
+            st.tuples(st.just("save"), st.none()),
+        ),
+        min_size=1,
+        max_size=8,
+    ),
+)
+def test_what_comes_next_depends_on_the_tokens_and_not_on_the_way_to_them(
+    int8: TextGenerator,
+    tmp_path_factory: pytest.TempPathFactory,
+    prompt_length: int,
+    steps: list[tuple[str, Any]],
+) -> None:
+    session = begun(int8, IDS[:prompt_length])
+    for number, (verb, argument) in enumerate(steps):
+        if verb == "append":
+            session.append(IDS[10 * number : 10 * number + argument])
+        elif verb == "generate":
+            session.generate(max_new_tokens=argument, min_new_tokens=argument)
+        elif verb == "rewind":
+            session.rewind(round(argument * len(session.ids)))
+        elif verb == "fork":
+            session = session.fork()
+        else:
+            path = tmp_path_factory.getbasetemp() / "session.npz"
+            session.save(path)
+            session = TextSession.restore(int8, path)
+    fresh = replayed(session)
+    assert fresh.ids == session.ids
+    assert np.array_equal(next_logits(session), next_logits(fresh))
+
+
+@pytest.mark.parametrize("sampling", [SEED, SamplingOptions.greedy()], ids=["sampled", "greedy"])
+def test_a_session_writes_what_the_generator_writes(generator: TextGenerator, sampling: SamplingOptions) -> None:
+    """From the same logits, bit for bit."""
+    seen: list[NDArray[np.float32]] = []
+
+    def keep(_ids: Sequence[int], logits: NDArray[np.float32]) -> NDArray[np.float32]:
+        seen.append(logits.copy())
+        return logits
+
+    whole = generator.generate(PROMPT, max_new_tokens=N_NEW, sampling=sampling, logits_processor=keep).samples[0]
+    sample = begun(generator, sampling=sampling).generate(max_new_tokens=N_NEW, logits_processor=keep)
+    assert (sample.text, sample.ids, sample.finish_reason) == (whole.text, whole.ids, whole.finish_reason)
+    assert np.array_equal(seen[: len(seen) // 2], seen[len(seen) // 2 :])
+
+
+def test_a_text_may_be_written_in_two_parts_at_every_split(generator: TextGenerator) -> None:
+    whole = begun(generator).generate(max_new_tokens=N_NEW).ids
+    for split in range(1, N_NEW):
+        session = begun(generator)
+        parts = [session.generate(max_new_tokens=n).ids for n in (split, N_NEW - split)]
+        assert (*parts[0], *parts[1]) == whole
+
+
+@pytest.mark.parametrize("length", [2, 3, 50, 128, 129, 130, 257, 300])
+def test_rewind_then_append_is_fresh_at_every_cut(generator: TextGenerator, length: int) -> None:
+    """Bit for bit, though the cut leaves a token alone before it or behind it."""
+    fresh = next_logits(begun(generator, IDS[:length]))
+    for cut in sorted({0, 1, 2, length // 2, length - 2, length - 1}):
+        session = begun(generator, [*IDS[:cut], *IDS[300:340]])
+        session.generate(max_new_tokens=3, min_new_tokens=3)
+        session.rewind(cut)
+        session.append(IDS[cut:length])
+        assert session.ids == tuple(IDS[:length])
+        assert np.array_equal(next_logits(session), fresh)
+
+
+def test_what_is_appended_token_by_token_is_one_prompt(generator: TextGenerator) -> None:
+    session = TextSession(generator, sampling=SEED)
+    for token_id in IDS[:10]:
+        session.append([token_id])
+        next_logits(session)
+    assert np.array_equal(next_logits(session), next_logits(begun(generator, IDS[:10])))
+
+
+# Another process
+
+
+RESTORE = """
+import json, sys
+from runtime import TextGenerator, TextSession
+generator = TextGenerator.load(sys.argv[1])
+for path in sys.argv[2:]:
+    session = TextSession.restore(generator, path)
+    print(json.dumps([session.ids, session.generate(max_new_tokens=8, min_new_tokens=8).ids]))
+"""
+
+
+def test_a_session_saved_at_any_token_goes_on_in_a_new_process(generator: TextGenerator, tmp_path: Path) -> None:
+    """Before, within and behind what was generated; and after more was appended, run or not."""
+    session, paths, expected = TextSession(generator, sampling=SEED), [], []
+
+    def save() -> None:
+        paths.append(tmp_path / f"{len(paths)}.npz")
+        session.save(paths[-1])
+        ids = session.ids or (generator.config.eos_token_id,)  # what an empty session begins with
+        expected.append([list(ids), list(session.fork().generate(max_new_tokens=8, min_new_tokens=8).ids)])
+
+    save()
+    session.append(PROMPT)
+    save()
+    for _ in session.stream(max_new_tokens=N_NEW, min_new_tokens=N_NEW):
+        save()
+    session.append(" and")
+    save()
+    session.generate(max_new_tokens=2)
+    save()
+    session.rewind(len(session.ids) - 4)
+    save()
+    program = [sys.executable, "-c", RESTORE, str(generator.package.folder), *map(str, paths)]
+    result = subprocess.run(program, cwd=ROOT, capture_output=True, encoding="utf-8", check=True)
+    restored = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [ids for _, ids in restored] == [ids for _, ids in expected]
+    assert [ids for ids, _ in restored][1:] == [ids for ids, _ in expected][1:]
+    assert len(paths) > N_NEW // 2
+
+
+# Forks
+
+
+def test_a_fork_and_its_origin_go_their_own_ways(generator: TextGenerator) -> None:
+    alone = begun(generator)
+    expected = (*alone.generate(max_new_tokens=6).ids, *alone.generate(max_new_tokens=6).ids)
+    session = begun(generator)
+    first = session.generate(max_new_tokens=6).ids
+    fork = session.fork()
+    fork.append(" But then, in the morning")
+    fork.generate(max_new_tokens=6)
+    fork.rewind(2)
+    assert (*first, *session.generate(max_new_tokens=6).ids) == expected
+    assert fork.ids == session.ids[:2]
+
+
+def test_samples_of_a_session_are_those_of_a_request(fp32: TextGenerator) -> None:
+    samples = fp32.generate(PROMPT, max_new_tokens=12, sampling=SEED, num_return_sequences=3).samples
+    session = begun(fp32)
+    assert [session.fork(sample=n).generate(max_new_tokens=12).ids for n in range(3)] == [s.ids for s in samples]
+
+
+def test_sampling_may_change_on_the_way(fp32: TextGenerator) -> None:
+    session = begun(fp32)
+    session.generate(max_new_tokens=5)
+    given = session.ids
+    session.sampling = SamplingOptions.greedy()
+    assert session.generate(max_new_tokens=5).ids == (
+        fp32.generate(given, max_new_tokens=5, sampling=SamplingOptions.greedy()).samples[0].ids
+    )
+
+
+def test_a_seed_is_drawn_once(fp32: TextGenerator) -> None:
+    session = begun(fp32, sampling=None)
+    seed = session.sampling.seed
+    assert seed is not None
+    assert session.fork().sampling.seed == session.sampling.seed == seed
+
+
+# What is run
+
+
+def test_only_what_is_new_is_run(fp32: TextGenerator) -> None:
+    session = begun(fp32, IDS[:100])
+    runs: list[int] = []
+    prefill = session._decoding.prefill
+
+    def watched(row: int, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        runs.append(len(ids))
+        return prefill(row, ids)
+
+    session._decoding.prefill = watched  # type: ignore[method-assign]
+    session.generate(max_new_tokens=3, min_new_tokens=3)
+    session.append(IDS[:5])
+    assert session.generate(max_new_tokens=2, min_new_tokens=2).stats.prompt_tokens == 1 + 5
+    session.rewind(50)
+    session.generate(max_new_tokens=1)
+    assert runs == [100, 1, 1, 1 + 5, 1, 2]  # the last token is run when the next is wanted, a given one in a pair
+
+
+def test_a_prefix_cache_changes_nothing_but_the_work(generator: TextGenerator) -> None:
+    cache = PrefixCache(generator.decoder, max_bytes=1 << 24)
+    expected = next_logits(begun(generator, IDS[:120]))
+    for session in (begun(generator, IDS[:120], prefix_cache=cache) for _ in range(2)):
+        assert np.array_equal(next_logits(session), expected)
+    assert cache.reused_tokens == 112
+
+
+# Text
+
+
+def test_stream_gives_the_text_of_generate_and_keeps_the_tokens(fp32: TextGenerator) -> None:
+    streaming, generating = begun(fp32), begun(fp32)
+    assert "".join(streaming.stream(max_new_tokens=30)) == generating.generate(max_new_tokens=30).text
+    assert streaming.ids == generating.ids
+    assert streaming.text == generating.text
+
+
+def test_a_stream_that_is_left_keeps_what_was_chosen(fp32: TextGenerator) -> None:
+    expected = begun(fp32).generate(max_new_tokens=N_NEW).ids
+    session = begun(fp32)
+    given = len(session.ids)
+    for _ in session.stream(max_new_tokens=N_NEW):
+        if len(session.ids) >= given + 9:
+            break
+    written = session.ids[given:]
+    assert written == expected[: len(written)]
+    assert (*written, *session.generate(max_new_tokens=N_NEW - len(written)).ids) == expected
+
+
+def test_text_and_room_are_told(fp32: TextGenerator) -> None:
+    session = TextSession(fp32)
+    assert (session.text, session.ids, session.tokens_left) == ("", (), 512)
+    session.append("Once upon")
+    session.append(" a time")
+    assert session.text == "Once upon a time"
+    assert session.tokens_left == 512 - len(session.ids)
+
+
+def test_a_session_without_tokens_begins_with_end_of_text(fp32: TextGenerator) -> None:
+    session = TextSession(fp32, sampling=SEED)
+    sample = session.generate(max_new_tokens=5)
+    assert sample.ids == fp32.generate("", max_new_tokens=5, sampling=SEED).samples[0].ids
+    assert session.ids == (8191, *sample.ids)
+
+
+def test_a_text_that_the_model_ended_can_be_gone_on_with(babbler: TextGenerator) -> None:
+    ended = next(
+        session
+        for seed in range(200)
+        for session in [begun(babbler, "a", sampling=SamplingOptions(seed=seed))]
+        if session.generate(max_new_tokens=40).finish_reason == "stop"
+    )
+    assert babbler.config.eos_token_id not in ended.ids
+    again = ended.generate(max_new_tokens=5)
+    assert (again.finish_reason, again.ids) == ("stop", ())  # the same token as before comes next
+    assert "".join(ended.stream(max_new_tokens=5)) == ""
+    before = len(ended.ids)
+    ended.append("b")
+    assert np.array_equal(next_logits(ended), next_logits(replayed(ended)))
+    assert len(ended.generate(max_new_tokens=3, min_new_tokens=3).ids) == 3
+    assert len(ended.ids) == before + 4
+
+
+def test_a_logits_processor_that_fails_leaves_the_session_as_it_was(fp32: TextGenerator) -> None:
+    expected = begun(fp32).generate(max_new_tokens=6).ids
+    session = begun(fp32)
+    start = len(session.ids)
+
+    def fails(ids: Sequence[int], logits: NDArray[np.float32]) -> NDArray[np.float32]:
+        if len(ids) == start + 2:
+            raise KeyError("the caller's own")
+        return logits
+
+    with pytest.raises(KeyError):
+        session.generate(max_new_tokens=6, logits_processor=fails)
+    assert session.ids[start:] == expected[:2]
+    assert session.generate(max_new_tokens=4).ids == expected[2:]
+
+
+# Refusals
+
+
+def test_what_does_not_fit_the_context_is_refused_until_the_session_is_rewound(fp32: TextGenerator) -> None:
+    session = begun(fp32, [5] * 510)
+    with pytest.raises(RequestError, match=r"3 tokens to append to 510 do not fit .* 512; append at most 2, or rewind"):
+        session.append([1, 2, 3])
+    with pytest.raises(RequestError, match=r"510 tokens and max_new_tokens 3 do not fit .*; ask for at most 2, or"):
+        session.generate(max_new_tokens=3)
+    assert len(session.generate(min_new_tokens=2).ids) == 2
+    for refused in (lambda: session.append([1]), session.generate, session.stream):
+        with pytest.raises(RequestError, match=r"do not fit the model's context of 512; .*rewind"):
+            refused()
+    session.rewind(500)
+    assert len(session.generate(max_new_tokens=12, min_new_tokens=12).ids) == 12
+
+
+def test_nothing_appended_is_nothing(fp32: TextGenerator) -> None:
+    session = begun(fp32)
+    before = session.ids
+    for nothing in ("", [], np.empty(0, np.int64)):
+        session.append(nothing)
+    assert session.ids == before
+
+
+@pytest.mark.parametrize("ids", [[8192], [-1], [1.5], [[1]], [[1], [1, 2]]])
+def test_ids_that_are_none_are_refused_and_change_nothing(fp32: TextGenerator, ids: Any) -> None:
+    session = begun(fp32)
+    before = session.ids
+    with pytest.raises(RequestError, match="token id"):
+        session.append(ids)
+    assert session.ids == before
+
+
+@pytest.mark.parametrize("tokens", [-1, 4, 1.0, True])
+def test_a_rewind_to_what_there_is_not_is_refused(fp32: TextGenerator, tokens: Any) -> None:
+    session = begun(fp32, [1, 2, 3])
+    with pytest.raises(RequestError, match=r"cannot rewind to .* tokens, expected 0 to 3"):
+        session.rewind(tokens)
+
+
+@pytest.mark.parametrize("sample", [-1, 1 << 64, 0.5, True])
+def test_a_sample_out_of_range_is_refused(fp32: TextGenerator, sample: Any) -> None:
+    with pytest.raises(RequestError, match=r"sample is .*, expected a whole number from 0 to 2\*\*64 - 1"):
+        TextSession(fp32, sample=sample)
+    with pytest.raises(RequestError, match="sample is"):
+        TextSession(fp32).fork(sample=sample)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens is 0, expected a whole number above 0"),
+        ({"max_new_tokens": 2.0}, "max_new_tokens is 2.0"),
+        ({"max_new_tokens": 3, "min_new_tokens": 4}, "min_new_tokens is 4, expected 0 to max_new_tokens, 3"),
+        ({"max_new_tokens": 512}, "ask for at most 511"),
+    ],
+)
+def test_options_out_of_range_are_refused_when_asked_for(
+    fp32: TextGenerator, options: dict[str, Any], message: str
+) -> None:
+    session = TextSession(fp32)
+    for method in (session.generate, session.stream):
+        with pytest.raises(RequestError, match=message):
+            method(**options)
+    assert session.ids == ()
