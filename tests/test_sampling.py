@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from runtime.errors import MachineError, RequestError
-from runtime.sampling import SamplingOptions, choose_token, fresh_seed, random_uniform, rank_largest
+from runtime.sampling import SamplingOptions, choose_token, fresh_seed, random_uniform
+from runtime.truncation import rank_largest
 
 Float32Array = npt.NDArray[np.float32]
 Float64Array = npt.NDArray[np.float64]
