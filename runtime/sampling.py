@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import index
 from typing import Any, TypeAlias, get_args
@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from .errors import MachineError, RequestError
 from .generation_config import refuse_unhonoured
-from .truncation import Rule, cumulative, nucleus, rank_largest, typical
+from .truncation import BLOCK, Rule, cumulative, nucleus, rank_largest, typical
 
 Float32Array = npt.NDArray[np.float32]
 Float64Array = npt.NDArray[np.float64]
@@ -237,7 +237,8 @@ def choose_token(logits: Float32Array, options: SamplingOptions, uniform: float)
         return int(np.argmax(logits))
     kept, weights = _kept(logits, options)
     sums = cumulative(weights)
-    return int(kept[np.searchsorted(sums, uniform * sums[-1], side="right")])
+    place = int(np.searchsorted(sums, uniform * sums[-1], side="right"))
+    return place if kept is None else int(kept[place])
 
 
 def warp_logits(logits: Float32Array, options: SamplingOptions) -> Float32Array:
@@ -255,33 +256,37 @@ def warp_logits(logits: Float32Array, options: SamplingOptions) -> Float32Array:
     if not options.do_sample:
         return logits
     kept, _ = _kept(logits, options)
-    warped = np.full(logits.size, -np.inf, np.float32)
     with np.errstate(over="ignore", under="ignore"):
-        warped[kept] = logits[kept] / options.temperature
+        scaled: Float32Array = logits / np.float32(options.temperature)
+    if kept is None:
+        return scaled
+    warped = np.full(logits.size, -np.inf, np.float32)
+    warped[kept] = scaled[kept]
     return warped
 
 
-def _kept(logits: Float32Array, options: SamplingOptions) -> tuple[Int64Array, Float32Array]:
-    """Tokens that may be chosen, [n] int64, and their probabilities up to a factor, [n] float32.
+def _kept(logits: Float32Array, options: SamplingOptions) -> tuple[Int64Array | None, Float32Array]:
+    """Tokens that may be chosen, [n] int64 or None for all, and their probabilities up to a factor, [n] float32.
 
     A temperature keeps the ranking, so top_k is taken first and only the k logits are divided.
     """
-    if 0 < options.top_k < logits.size:
-        kept = rank_largest(logits, options.top_k)
-        weights = _weights(logits[kept], options.temperature)
-    else:
-        kept = np.arange(logits.size)
-        weights = _weights(logits, options.temperature)
-    if options.top_p < 1:
-        chosen = nucleus(weights, logits[kept], options.top_p, options.rule)
-        kept, weights = kept[chosen], weights[chosen]
-    if options.min_p:
-        chosen = np.flatnonzero(weights >= options.min_p)
-        kept, weights = kept[chosen], weights[chosen]
-    if options.typical_p < 1:
-        chosen = typical(weights, _scaled(logits[kept], options.temperature), options.typical_p)
-        kept, weights = kept[chosen], weights[chosen]
+    kept = rank_largest(logits, options.top_k) if 0 < options.top_k < logits.size else None
+    values = logits if kept is None else logits[kept]
+    weights = _weights(values, options.temperature)
+    for rule in _rules(options):
+        chosen = rule(weights, values)
+        kept, weights, values = chosen if kept is None else kept[chosen], weights[chosen], values[chosen]
     return kept, weights
+
+
+def _rules(options: SamplingOptions) -> Iterator[Callable[[Float32Array, Float32Array], Int64Array]]:
+    """What else narrows the choice, in this order: weights [n] and their logits [n] -> indices of those to keep."""
+    if options.top_p < 1:
+        yield lambda weights, values: nucleus(weights, values, options.top_p, options.rule)
+    if options.min_p:
+        yield lambda weights, _: np.flatnonzero(weights >= options.min_p)
+    if options.typical_p < 1:
+        yield lambda weights, _: typical(weights, options.typical_p)
 
 
 def _refuse_broken(logits: Float32Array) -> None:
@@ -296,16 +301,14 @@ def _refuse_broken(logits: Float32Array) -> None:
 
 def _weights(logits: Float32Array, temperature: float) -> Float32Array:
     """exp((logit - largest) / temperature): probabilities up to a factor, [N] float32 in [0, 1], the largest 1."""
+    largest = np.float64(logits.max())
+    weights = np.empty_like(logits)
     # A quotient beyond float's range is -inf and weighs 0, as it should.
     with np.errstate(over="ignore", under="ignore"):
-        weights: Float32Array = np.exp(_scaled(logits, temperature).astype(np.float32))  # a fifth of float64's time
+        for start in range(0, logits.size, BLOCK):
+            scaled = logits[start : start + BLOCK].astype(np.float64)
+            scaled -= largest
+            scaled /= temperature
+            weights[start : start + BLOCK] = scaled
+        np.exp(weights, out=weights)  # a fifth of float64's time
     return weights
-
-
-def _scaled(logits: Float32Array, temperature: float) -> Float64Array:
-    """(logit - largest) / temperature, [N] float64, -inf beyond float64's range."""
-    with np.errstate(over="ignore"):
-        scaled = logits.astype(np.float64)
-        scaled -= scaled.max()
-        scaled /= temperature
-    return scaled
