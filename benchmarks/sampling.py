@@ -4,7 +4,7 @@
 
 Each row is the time of one token: biases, penalties and bans behind --past ids, then the choice; of the last row, the
 log-probabilities of the chosen token and the top 20. Logits are drawn anew for each token, outside the clock.
-Exit status 3 if temperature, top_k and top_p together take 0.5 ms or more at the median.
+Exit status 3 if any takes 0.5 ms or more at the median.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ from runtime.sampling import choose_token, random_uniform
 
 N_VOCAB = 50257
 LIMIT_MS = 0.5
-BOUND = "temperature + top_k + top_p"
 WARM_UP_TOKENS = 10
 LOGIT_SPREAD = 3.0
 """Standard deviation. The most probable of 50,257 such logits has a probability of a few percent; top_p 0.9 keeps
@@ -39,7 +38,7 @@ OPTIONS: Mapping[str, SamplingOptions] = {
     "greedy": SamplingOptions.greedy(),
     "top_k 40 (default)": SamplingOptions(),
     "temperature alone": SamplingOptions(temperature=0.8, top_k=0),
-    BOUND: SamplingOptions(temperature=0.8, top_k=40, top_p=0.9),
+    "temperature + top_k + top_p": SamplingOptions(temperature=0.8, top_k=40, top_p=0.9),
     "temperature + top_p": SamplingOptions(temperature=0.8, top_k=0, top_p=0.9),
     "top_p, openai's rule": SamplingOptions(top_k=0, top_p=0.9, rule="openai"),
     "top_k 1000": SamplingOptions(top_k=1000),
@@ -128,9 +127,8 @@ def report(arguments: argparse.Namespace) -> int:
         for row in rows:
             print(f"{row.options:28}{row.p50_ms:8.3f}{row.p95_ms:8.3f}{row.max_ms:8.3f}")
         print(", ".join(f"{name} {value}" for name, value in receipt.items()))
-    bound = next(row for row in rows if row.options == BOUND)
-    if bound.p50_ms >= LIMIT_MS:
-        raise VerificationError(f"{BOUND} takes {bound.p50_ms} ms a token, expected less than {LIMIT_MS} ms")
+    if slow := [f"{row.options} {row.p50_ms}" for row in rows if row.p50_ms >= LIMIT_MS]:
+        raise VerificationError(f"ms a token: {', '.join(slow)}; expected less than {LIMIT_MS}")
     return 0
 
 

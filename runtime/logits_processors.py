@@ -98,7 +98,7 @@ def penalize_repetition(logits: Float32Array, ids: Int64Array, prompt_length: in
 
     Source: Keskar et al., CTRL: A Conditional Transformer Language Model (2019), section 4.1.
     """
-    seen = ids[ids < logits.size]  # a prompt may hold ids that no token has: rows that pad an embedding
+    seen = _choosable(ids, logits)
     values = logits[seen]
     logits[seen] = np.where(values < 0, values * np.float32(penalty), values / np.float32(penalty))
 
@@ -110,7 +110,7 @@ def penalize_generated(
 
     Source: the parameters presence_penalty and frequency_penalty of OpenAI's API, as its documentation gives them.
     """
-    tokens, counts = np.unique(ids[prompt_length:], return_counts=True)
+    tokens, counts = np.unique(_choosable(ids[prompt_length:], logits), return_counts=True)
     logits[tokens] -= (presence + frequency * counts).astype(np.float32)
 
 
@@ -123,8 +123,7 @@ def ban_repeated_ngrams(logits: Float32Array, ids: Int64Array, prompt_length: in
     repeats = np.ones(n_starts, np.bool_)  # the last size - 1 tokens have occurred here before
     for offset in range(n_before):
         repeats &= ids[offset : offset + n_starts] == ids[n_starts + offset]
-    banned = ids[n_before:][repeats]
-    logits[banned[banned < logits.size]] = -np.inf
+    logits[_choosable(ids[n_before:][repeats], logits)] = -np.inf
 
 
 def ban_early_end(
@@ -133,6 +132,11 @@ def ban_early_end(
     """Ban the tokens that end a text before its time: MinNewTokensLengthLogitsProcessor."""
     if len(ids) - prompt_length < min_new_tokens:
         logits[eos_ids] = -np.inf
+
+
+def _choosable(ids: Int64Array, logits: Float32Array) -> Int64Array:
+    """The ids that have a logit: a prompt of ids may name rows that pad an embedding, which stand for no token."""
+    return ids[ids < logits.size]
 
 
 class _Completions:

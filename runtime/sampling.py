@@ -2,7 +2,8 @@
 
 Tokens are ranked by logit, equal logits by id, the lower first. Every rule follows that one ranking: greedy takes its
 first token, top_k its first k, top_p the shortest beginning that holds enough probability. So exactly k tokens remain
-where several tie for the k-th place, and neither a platform nor a numpy version can change which.
+where several tie for the k-th place, and neither a platform nor a numpy version can change which. (typical_p has a
+ranking of its own, equals by id again; min_p needs none.)
 
 The random number depends on (seed, sample, position) alone: a sample stays the same whatever else runs in its batch.
 """
@@ -129,19 +130,25 @@ def bias_pairs(bias: SequenceBias) -> tuple[tuple[TokenIds, float], ...]:
         TypeError, ValueError: they have no such form.
     """
     pairs = bias.items() if isinstance(bias, Mapping) else bias
-    merged = {_token_ids([ids] if isinstance(ids, int) else ids): value for ids, value in pairs}
+    merged = {token_ids([ids] if isinstance(ids, int) else ids): value for ids, value in pairs}
     if not all(map(_is_number, merged.values())):
         raise ValueError("a bias is no finite number")
     return tuple((ids, float(value)) for ids, value in merged.items())
 
 
 def _id_sequences(sequences: Iterable[Iterable[int]]) -> tuple[TokenIds, ...]:
-    return tuple(dict.fromkeys(map(_token_ids, sequences)))
+    return tuple(dict.fromkeys(map(token_ids, sequences)))
 
 
-def _token_ids(ids: Iterable[int]) -> TokenIds:
-    numbers = tuple(map(index, ids))
-    if not numbers or min(numbers) < 0 or any(isinstance(token_id, bool) for token_id in ids):
+def token_ids(ids: Iterable[int]) -> TokenIds:
+    """Token ids as a tuple of plain integers.
+
+    Raises:
+        TypeError, ValueError: they are none, or negative, or no whole numbers.
+    """
+    given = tuple(ids)
+    numbers = tuple(map(index, given))
+    if not numbers or min(numbers) < 0 or any(isinstance(token_id, bool) for token_id in given):
         raise ValueError("no token ids")
     return numbers
 

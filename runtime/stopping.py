@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from operator import index
 from typing import Any
 
 from .errors import RequestError
+from .sampling import TokenIds, token_ids
 
 DEFAULT_NEW_TOKENS = 128
 
@@ -50,7 +50,7 @@ class StoppingOptions:
         if not isinstance(strings, Sequence) or not all(isinstance(text, str) and text for text in strings):
             faults.append(f"stop_strings is {self.stop_strings!r}, expected strings of at least one character")
         try:
-            object.__setattr__(self, "eos_token_id", eos_ids(self.eos_token_id))
+            object.__setattr__(self, "eos_token_id", _end_ids(self.eos_token_id))
         except (TypeError, ValueError):
             faults.append(f"eos_token_id is {self.eos_token_id!r}, expected token ids")
         if faults:
@@ -71,8 +71,9 @@ class StoppingOptions:
         return cls(**{"eos_token_id": eos_token_id} | given)
 
     @property
-    def eos_ids(self) -> tuple[int, ...]:
-        return eos_ids(self.eos_token_id)
+    def eos_ids(self) -> TokenIds:
+        """`eos_token_id` as what it is kept as."""
+        return _end_ids(self.eos_token_id)
 
     def new_tokens(self, prompt_length: int, *, n_ctx: int) -> tuple[int, int]:
         """How many tokens are written at least and at most behind a prompt.
@@ -108,16 +109,10 @@ class StoppingOptions:
         return fewest, most
 
 
-def eos_ids(given: int | Sequence[int]) -> tuple[int, ...]:
-    """One end id or several as a tuple, each once.
-
-    Raises:
-        TypeError, ValueError: they are no token ids.
-    """
-    ids = (given,) if isinstance(given, int) else tuple(given)
-    if any(isinstance(token_id, bool) or index(token_id) < 0 for token_id in ids):
-        raise ValueError("no token ids")
-    return tuple(dict.fromkeys(map(index, ids)))
+def _end_ids(given: int | Sequence[int]) -> TokenIds:
+    """One end id or several as a tuple, each once; TypeError or ValueError where they are no token ids."""
+    several = [given] if isinstance(given, int) else list(given)
+    return tuple(dict.fromkeys(token_ids(several))) if several else ()
 
 
 class StopStrings:
