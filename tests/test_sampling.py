@@ -16,7 +16,7 @@ from hypothesis.extra import numpy as hnp
 from runtime.errors import MachineError, RequestError
 from runtime.generation_config import NEUTRAL
 from runtime.sampling import SamplingOptions, choose_token, fresh_seed, random_uniform, warp_logits
-from runtime.truncation import rank_largest
+from runtime.truncation import BLOCK, rank_largest
 
 Float32Array = npt.NDArray[np.float32]
 Float64Array = npt.NDArray[np.float64]
@@ -24,6 +24,8 @@ Float64Array = npt.NDArray[np.float64]
 PLAIN = SamplingOptions(top_k=0)
 DRAWS = 4000
 CHI_SQUARE_DEVIATIONS = 5.0  # the seeds are fixed; measured: below 2
+
+SUM_ERROR = 1e-6  # of a cumulative probability, from float32 weights; measured: below 1e-8
 
 words = st.integers(0, 2**64 - 1)
 finite_logits = hnp.arrays(
@@ -170,6 +172,31 @@ def test_top_p_counts_what_top_k_left() -> None:
     logits = np.log(np.array([0.5, 0.4, 0.1], dtype=np.float32))
     assert set(draw(logits, SamplingOptions(top_k=2, top_p=0.55), seed=3)) == {0}
     assert set(draw(logits, SamplingOptions(top_k=0, top_p=0.55), seed=3)) == {0, 1}
+
+
+def several_blocks(n_vocab: int) -> Float32Array:
+    """Logits whose largest stand on both sides of every border between blocks."""
+    logits = np.random.default_rng(n_vocab).normal(size=n_vocab).astype(np.float32)
+    for start in range(0, n_vocab, BLOCK):
+        logits[[start - 1, start]] += np.float32(7)
+    return logits
+
+
+@pytest.mark.parametrize("n_vocab", [BLOCK, BLOCK + 1, 2 * BLOCK + 1, 50257])
+@pytest.mark.parametrize("top_p", [0.3, 0.9])
+def test_a_nucleus_out_of_several_blocks_is_that_of_its_definition(n_vocab: int, top_p: float) -> None:
+    logits, options = several_blocks(n_vocab), SamplingOptions(top_k=0, top_p=top_p)
+    assert np.array_equal(warp_logits(logits, options) > -np.inf, expected_probabilities(logits, options) > 0)
+
+
+@pytest.mark.parametrize("n_vocab", [BLOCK, BLOCK + 1, 2 * BLOCK + 1, 50257])
+def test_every_block_has_its_part_of_the_distribution(n_vocab: int) -> None:
+    logits = several_blocks(n_vocab)
+    sums = np.cumsum(expected_probabilities(logits, PLAIN))
+    for uniform in (*np.random.default_rng(0).random(50), 0.0, 1 - 2**-53):
+        token = choose_token(logits, PLAIN, uniform)
+        assert sums[token - 1] * (token > 0) <= uniform + SUM_ERROR
+        assert uniform - SUM_ERROR <= sums[token]
 
 
 def test_openais_nucleus_does_not_pass_top_p() -> None:
