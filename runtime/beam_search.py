@@ -118,7 +118,7 @@ def search_beams(
     search = BeamSearch(beams, eos_ids=eos_ids, max_new_tokens=max_new_tokens)
     decoding = decoder.start(batch=beams.num_beams, capacity=len(prompt) + max_new_tokens - 1)
     logits = np.broadcast_to(decoding.prefill(0, prompt), (beams.num_beams, decoder.config.n_vocab))
-    decoding.cache.repeat_row(slice(0, beams.num_beams))
+    decoding.cache.take_rows(np.zeros(beams.num_beams, np.int64))
     rows = np.arange(beams.num_beams)  # where each beam stands
     while True:
         texts = [[*prompt.tolist(), *ids] for ids in search.ids]

@@ -25,7 +25,7 @@ PLAIN = SamplingOptions(top_k=0)
 DRAWS = 4000
 CHI_SQUARE_DEVIATIONS = 5.0  # the seeds are fixed; measured: below 2
 
-SUM_ERROR = 1e-6  # of a cumulative probability, from float32 weights; measured: below 1e-8
+SUM_ERROR = 1e-6  # of a cumulative probability, from float32 weights; measured: 3e-9
 
 words = st.integers(0, 2**64 - 1)
 finite_logits = hnp.arrays(
