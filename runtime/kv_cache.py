@@ -110,6 +110,16 @@ class KVCache:
         assert 0 <= length <= self.lengths[row], "a row cannot be cut to more than it holds"
         self.lengths[row] = length
 
+    def take_rows(self, sources: NDArray[np.int64]) -> None:
+        """Give each row what row sources[row] holds, [B] int64; a row that keeps its own costs nothing."""
+        rows = np.flatnonzero(sources != np.arange(self.batch))
+        if not rows.size:
+            return
+        length = int(self.lengths[sources[rows]].max())
+        for buffer in self._buffers:
+            buffer[rows, :, :length] = buffer[sources[rows], :, :length]
+        self.lengths[rows] = self.lengths[sources[rows]]
+
     def _allocate(self, capacity: int) -> Buffer:
         """All buffers in one piece: the system refuses one request beyond its memory, but grants many small ones."""
         config = self._config

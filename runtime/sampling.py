@@ -2,7 +2,8 @@
 
 Tokens are ranked by logit, equal logits by id, the lower first. Every rule follows that one ranking: greedy takes its
 first token, top_k its first k, top_p the shortest beginning that holds enough probability. So exactly k tokens remain
-where several tie for the k-th place, and neither a platform nor a numpy version can change which.
+where several tie for the k-th place, and neither a platform nor a numpy version can change which. (typical_p has a
+ranking of its own, equals by id again; min_p needs none.)
 
 The random number depends on (seed, sample, position) alone: a sample stays the same whatever else runs in its batch.
 """
@@ -11,37 +12,56 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from operator import index
+from typing import Any, TypeAlias, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from .errors import MachineError, RequestError
+from .generation_config import refuse_unhonoured
+from .truncation import BLOCK, Rule, cumulative, nucleus, rank_largest, typical
 
 Float32Array = npt.NDArray[np.float32]
 Float64Array = npt.NDArray[np.float64]
 Int64Array = npt.NDArray[np.int64]
 
+TokenIds: TypeAlias = "tuple[int, ...]"
+
+SequenceBias: TypeAlias = "Mapping[int, float] | Mapping[TokenIds, float] | Sequence[tuple[Sequence[int], float]]"
+"""What is added to the logit of a token, or of the last token of a sequence where the others have just been written."""
+
 UINT64_MASK = (1 << 64) - 1
-
-RANK_COLUMNS = 1024
-"""Columns whose maxima bound the k-th largest logit: 0.04 ms for 50,257 logits, where np.argpartition takes 0.4 ms."""
-
-NUCLEUS_BIN_SHIFT = 18
-"""Drops 18 of float32's 23 mantissa bits: bins 1/32 of their value wide, 4,065 of them up to 1.0."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingOptions:
     """How the next token is chosen; the defaults are those of OpenAI's released samples.
 
+    Names and meaning are those of Hugging Face's GenerationConfig, in the order in which it applies them: biases and
+    penalties change the logits (`runtime.logits_processors`), then temperature, top_k, top_p, min_p and typical_p say
+    what is sampled from. The two penalties that it does not have are those of OpenAI's API.
+
     Args:
-        do_sample: False takes the most probable token each time and ignores every other option.
+        do_sample: False takes the most probable token each time, biases and penalties included; temperature, top_k,
+            top_p, min_p, typical_p, rule and seed are then of no account.
         temperature: above 0; logits are divided by it first.
         top_k: sample among the k most probable tokens; 0 is off.
         top_p: then among the fewest most probable whose probabilities add up to top_p or more; 1.0 is off.
+        min_p: then among those at least this many times as probable as the most probable one; 0.0 is off.
+        typical_p: then among the fewest whose surprise is nearest to the entropy and whose probabilities add up to
+            this or more; 1.0 is off.
+        rule: "openai" has top_p keep the most probable tokens whose probabilities add up to top_p or less, at least
+            one, as GPT-2's own code does; it knows neither min_p nor typical_p.
+        repetition_penalty: logits of tokens that the prompt or the text holds are divided by it, or multiplied where
+            they are negative; 1.0 is off.
+        presence_penalty: taken from the logits of tokens that were generated, the prompt left out; 0.0 is off.
+        frequency_penalty: taken from them as many times as they were generated; 0.0 is off.
+        no_repeat_ngram_size: no sequence of this many tokens occurs twice, the prompt included; 0 is off.
+        sequence_bias: {id: bias} or {(id, id, ...): bias}, or [[ids, bias], ...] as in JSON; kept as a tuple of pairs.
+        bad_words_ids: sequences of token ids that are never completed, one of a lone end-of-text token left out.
         seed: 0 to 2**64 - 1; None lets the caller draw one with `fresh_seed`.
     Raises:
         RequestError: an option is out of range; all such options are named.
@@ -51,23 +71,34 @@ class SamplingOptions:
     temperature: float = 1.0
     top_k: int = 40
     top_p: float = 1.0
+    min_p: float = 0.0
+    typical_p: float = 1.0
+    rule: Rule = "hugging_face"
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    no_repeat_ngram_size: int = 0
+    sequence_bias: SequenceBias = ()
+    bad_words_ids: Sequence[Sequence[int]] = ()
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        faults = []
-        if type(self.do_sample) is not bool:
-            faults.append(f"do_sample is {self.do_sample!r}, expected true or false")
-        if not _is_number(self.temperature) or not 0 < self.temperature < math.inf:
-            advice = " (for the most probable token each time: do_sample=False)" if self.temperature == 0 else ""
-            faults.append(f"temperature is {self.temperature!r}, expected a finite number above 0{advice}")
-        if type(self.top_k) is not int or self.top_k < 0:
-            faults.append(f"top_k is {self.top_k!r}, expected a whole number from 1 up, or 0 for off")
-        if not _is_number(self.top_p) or not 0 < self.top_p <= 1:
-            faults.append(f"top_p is {self.top_p!r}, expected a number above 0 and up to 1 (off)")
-        if self.seed is not None and (type(self.seed) is not int or not 0 <= self.seed <= UINT64_MASK):
-            faults.append(f"seed is {self.seed!r}, expected a whole number from 0 to 2**64 - 1")
+        faults = _out_of_range(self)
+        faults += self._freeze("sequence_bias", bias_pairs, "pairs of token ids and a finite number")
+        faults += self._freeze("bad_words_ids", _id_sequences, "sequences of token ids")
+        if self.rule == "openai" and (self.min_p or self.typical_p != 1):
+            faults.append(f"rule is 'openai', which has no min_p ({self.min_p}) and no typical_p ({self.typical_p})")
         if faults:
             raise RequestError("sampling options: " + "; ".join(faults))
+
+    def _freeze(self, name: str, frozen: Callable[[Any], object], expected: str) -> list[str]:
+        """Put what was given into tuples, so that options can be compared and hashed; returns what is wrong with it."""
+        given = getattr(self, name)
+        try:
+            object.__setattr__(self, name, frozen(given))
+        except (TypeError, ValueError):
+            return [f"{name} is {given!r}, expected {expected}"]
+        return []
 
     @classmethod
     def greedy(cls) -> SamplingOptions:
@@ -79,14 +110,94 @@ class SamplingOptions:
         """The sampling part of a Hugging Face generation_config.json; an absent or null option keeps our default.
 
         Raises:
-            RequestError: an option is out of range.
+            RequestError: an option is out of range, or asks for what this runtime does not do.
         """
-        names = ("do_sample", "temperature", "top_k", "top_p")
-        return cls(**{name: values[name] for name in names if values.get(name) is not None})
+        refuse_unhonoured(values)
+        return cls(**{name: values[name] for name in GENERATION_CONFIG_NAMES if values.get(name) is not None})
+
+
+GENERATION_CONFIG_NAMES = (
+    *("do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty"),
+    *("no_repeat_ngram_size", "sequence_bias", "bad_words_ids"),
+)
+"""Of the options, those that Hugging Face has too."""
+
+
+def bias_pairs(bias: SequenceBias) -> tuple[tuple[TokenIds, float], ...]:
+    """Each sequence of token ids and its bias, whatever form they were given in; a sequence given again counts last.
+
+    Raises:
+        TypeError, ValueError: they have no such form.
+    """
+    pairs = bias.items() if isinstance(bias, Mapping) else bias
+    merged = {token_ids([ids] if isinstance(ids, int) else ids): value for ids, value in pairs}
+    if not all(map(_is_number, merged.values())):
+        raise ValueError("a bias is no finite number")
+    return tuple((ids, float(value)) for ids, value in merged.items())
+
+
+def _id_sequences(sequences: Iterable[Iterable[int]]) -> tuple[TokenIds, ...]:
+    return tuple(dict.fromkeys(map(token_ids, sequences)))
+
+
+def token_ids(ids: Iterable[int]) -> TokenIds:
+    """Token ids as a tuple of plain integers.
+
+    Raises:
+        TypeError, ValueError: they are none, or negative, or no whole numbers.
+    """
+    given = tuple(ids)
+    numbers = tuple(map(index, given))
+    if not numbers or min(numbers) < 0 or any(isinstance(token_id, bool) for token_id in given):
+        raise ValueError("no token ids")
+    return numbers
+
+
+def _out_of_range(options: SamplingOptions) -> list[str]:
+    """What is wrong with the options that are no sequences."""
+    faults = [
+        f"{name} is {getattr(options, name)!r}, expected {expected}"
+        for name, (holds, expected) in _EXPECTED.items()
+        if not holds(getattr(options, name))
+    ]
+    if options.temperature == 0:
+        faults.append("for the most probable token each time: do_sample=False")
+    return faults
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_positive(value: Any) -> bool:
+    return _is_number(value) and value > 0
+
+
+def _is_share(value: Any) -> bool:
+    return _is_number(value) and 0 < value <= 1
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+_EXPECTED: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "do_sample": (lambda value: type(value) is bool, "true or false"),
+    "temperature": (_is_positive, "a finite number above 0"),
+    "top_k": (_is_count, "a whole number from 1 up, or 0 for off"),
+    "top_p": (_is_share, "a number above 0 and up to 1 (off)"),
+    "min_p": (lambda value: _is_number(value) and 0 <= value <= 1, "a number from 0 (off) to 1"),
+    "typical_p": (_is_share, "a number above 0 and up to 1 (off)"),
+    "rule": (lambda value: value in get_args(Rule), " or ".join(get_args(Rule))),
+    "repetition_penalty": (_is_positive, "a finite number above 0; 1 is off"),
+    "presence_penalty": (_is_number, "a finite number; 0 is off"),
+    "frequency_penalty": (_is_number, "a finite number; 0 is off"),
+    "no_repeat_ngram_size": (_is_count, "a whole number from 1 up, or 0 for off"),
+    "seed": (
+        lambda value: value is None or (_is_count(value) and value <= UINT64_MASK),
+        "a whole number from 0 to 2**64 - 1",
+    ),
+}
 
 
 def fresh_seed() -> int:
@@ -117,12 +228,10 @@ def random_uniform(seed: int, sample: int, position: int) -> float:
 
 
 def choose_token(logits: Float32Array, options: SamplingOptions, uniform: float) -> int:
-    """Choose the next token: temperature, then top_k, then top_p, then the inverse of the cumulative distribution.
-
-    A temperature keeps the ranking, so top_k is taken first and only the k logits are divided.
+    """Choose the next token: one of those that the options keep, by the inverse of the cumulative distribution.
 
     Args:
-        logits: [V] float32; -inf forbids a token.
+        logits: [V] float32, biases and penalties applied; -inf forbids a token.
         options: how to choose.
         uniform: in [0, 1), from `random_uniform`; greedy choice ignores it.
     Returns:
@@ -133,41 +242,58 @@ def choose_token(logits: Float32Array, options: SamplingOptions, uniform: float)
     _refuse_broken(logits)
     if not options.do_sample:
         return int(np.argmax(logits))
-    if 0 < options.top_k < logits.size:
-        kept = rank_largest(logits, options.top_k)
-        weights = _weights(logits[kept], options.temperature)
-    else:
-        kept = np.arange(logits.size)
-        weights = _weights(logits, options.temperature)
-    if options.top_p < 1:
-        nucleus = _nucleus(weights, logits[kept], options.top_p)
-        kept, weights = kept[nucleus], weights[nucleus]
-    cumulative = _cumulative(weights)
-    return int(kept[np.searchsorted(cumulative, uniform * cumulative[-1], side="right")])
+    kept, weights = _kept(logits, options)
+    sums = cumulative(weights)
+    place = int(np.searchsorted(sums, uniform * sums[-1], side="right"))
+    return place if kept is None else int(kept[place])
 
 
-def rank_largest(values: Float32Array, count: int) -> Int64Array:
-    """Find the `count` largest values, the largest first, equal values by index, the lower first.
+def warp_logits(logits: Float32Array, options: SamplingOptions) -> Float32Array:
+    """The logits that `choose_token` chooses by: divided by the temperature, -inf where a token is not kept.
 
     Args:
-        values: [N] float32 without NaN.
-        count: 1 to N.
+        logits: [V] float32, biases and penalties applied.
+        options: how to choose; greedy choice leaves the logits as they are.
     Returns:
-        Indices, [count] int64.
+        [V] float32, what transformers' generate returns as `scores`.
+    Raises:
+        MachineError: a logit is NaN or +inf, or all are -inf.
     """
-    candidates = np.flatnonzero(values >= _lower_bound(values, count))
-    order = np.argsort(-values[candidates], kind="stable")
-    return candidates[order[:count]]
+    _refuse_broken(logits)
+    if not options.do_sample:
+        return logits
+    kept, _ = _kept(logits, options)
+    with np.errstate(over="ignore", under="ignore"):
+        scaled: Float32Array = logits / np.float32(options.temperature)
+    if kept is None:
+        return scaled
+    warped = np.full(logits.size, -np.inf, np.float32)
+    warped[kept] = scaled[kept]
+    return warped
 
 
-def _lower_bound(values: Float32Array, count: int) -> np.float32:
-    """A number that at least `count` of the values reach, and hardly more of them."""
-    rows = values.size // RANK_COLUMNS
-    if rows > 1 and count <= RANK_COLUMNS // 4:
-        # Each of the `count` largest column maxima is a value of its own.
-        values = values[: rows * RANK_COLUMNS].reshape(rows, RANK_COLUMNS).max(axis=0)
-    bound: np.float32 = np.partition(values, -count)[-count]
-    return bound
+def _kept(logits: Float32Array, options: SamplingOptions) -> tuple[Int64Array | None, Float32Array]:
+    """Tokens that may be chosen, [n] int64 or None for all, and their probabilities up to a factor, [n] float32.
+
+    A temperature keeps the ranking, so top_k is taken first and only the k logits are divided.
+    """
+    kept = rank_largest(logits, options.top_k) if 0 < options.top_k < logits.size else None
+    values = logits if kept is None else logits[kept]
+    weights = _weights(values, options.temperature)
+    for rule in _rules(options):
+        chosen = rule(weights, values)
+        kept, weights, values = chosen if kept is None else kept[chosen], weights[chosen], values[chosen]
+    return kept, weights
+
+
+def _rules(options: SamplingOptions) -> Iterator[Callable[[Float32Array, Float32Array], Int64Array]]:
+    """What else narrows the choice, in this order: weights [n] and their logits [n] -> indices of those to keep."""
+    if options.top_p < 1:
+        yield lambda weights, values: nucleus(weights, values, options.top_p, options.rule)
+    if options.min_p:
+        yield lambda weights, _: np.flatnonzero(weights >= options.min_p)
+    if options.typical_p < 1:
+        yield lambda weights, _: typical(weights, options.typical_p)
 
 
 def _refuse_broken(logits: Float32Array) -> None:
@@ -182,34 +308,14 @@ def _refuse_broken(logits: Float32Array) -> None:
 
 def _weights(logits: Float32Array, temperature: float) -> Float32Array:
     """exp((logit - largest) / temperature): probabilities up to a factor, [N] float32 in [0, 1], the largest 1."""
+    largest = np.float64(logits.max())
+    weights = np.empty_like(logits)
     # A quotient beyond float's range is -inf and weighs 0, as it should.
     with np.errstate(over="ignore", under="ignore"):
-        scaled = logits.astype(np.float64)
-        scaled -= scaled.max()
-        scaled /= temperature
-        weights: Float32Array = np.exp(scaled.astype(np.float32))  # a fifth of float64's time
+        for start in range(0, logits.size, BLOCK):
+            scaled = logits[start : start + BLOCK].astype(np.float64)
+            scaled -= largest
+            scaled /= temperature
+            weights[start : start + BLOCK] = scaled
+        np.exp(weights, out=weights)  # a fifth of float64's time
     return weights
-
-
-def _nucleus(weights: Float32Array, logits: Float32Array, top_p: float) -> Int64Array:
-    """Find the fewest largest weights whose sum is at least top_p of the whole, as transformers' TopPLogitsWarper does.
-
-    One histogram stands in for the sort: the upper bits of a float32 >= 0 order it coarsely, so whole bins are taken
-    from the top, and only the bin in which the sum reaches its goal is ranked: by logit, for weights round to equals.
-
-    Returns:
-        Indices, [n] int64, n >= 1.
-    """
-    bins = (weights.view(np.uint32) >> NUCLEUS_BIN_SHIFT).astype(np.intp)
-    from_top = np.cumsum(np.bincount(bins, weights=weights)[::-1])
-    goal = top_p * from_top[-1]
-    border = from_top.size - 1 - np.searchsorted(from_top, goal)
-    above, at_border = np.flatnonzero(bins > border), np.flatnonzero(bins == border)
-    at_border = at_border[np.argsort(-logits[at_border], kind="stable")]
-    reached = weights[above].sum(dtype=np.float64) + _cumulative(weights[at_border])
-    return np.concatenate([above, at_border[: np.searchsorted(reached, goal) + 1]])
-
-
-def _cumulative(weights: Float32Array) -> Float64Array:
-    sums = weights.astype(np.float64)
-    return np.cumsum(sums, out=sums)  # in place: a second array this large costs more in page faults than the sum

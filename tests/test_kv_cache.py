@@ -121,3 +121,19 @@ def test_a_cache_that_cannot_grow_stays_as_it_was() -> None:
         cache.reserve(1024)
     assert cache.capacity == 1
     assert cache.lengths[0] == 1
+
+
+@pytest.mark.parametrize("sources", [[0, 1, 2], [2, 0, 1], [1, 1, 1], [0, 2, 2]])
+def test_rows_are_taken_from_where_they_stood(sources: list[int]) -> None:
+    cache = KVCache(CONFIG, batch=3, capacity=5)
+    cache.lengths[:] = (4, 2, 5)
+    rng = np.random.default_rng(0)
+    buffers = [buffer for _, _, buffer in cache.bindings(slice(0, 3))]
+    for buffer in buffers:
+        buffer[...] = rng.normal(size=buffer.shape)
+    before = [buffer.copy() for buffer in buffers]
+    cache.take_rows(np.array(sources))
+    assert cache.lengths.tolist() == [(4, 2, 5)[source] for source in sources]
+    for old, new in zip(before, buffers, strict=True):
+        for row, source in enumerate(sources):
+            np.testing.assert_array_equal(new[row, :, : cache.lengths[row]], old[source, :, : cache.lengths[row]])
