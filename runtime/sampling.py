@@ -263,8 +263,10 @@ def warp_logits(logits: Float32Array, options: SamplingOptions) -> Float32Array:
     if not options.do_sample:
         return logits
     kept, _ = _kept(logits, options)
-    with np.errstate(over="ignore", under="ignore"):
+    with np.errstate(all="ignore"):
         scaled: Float32Array = logits / np.float32(options.temperature)
+        if not np.isfinite(scaled.max()):  # a temperature near 0: the same distribution, its largest logit at 0
+            scaled = ((logits.astype(np.float64) - logits.max()) / options.temperature).astype(np.float32)
     if kept is None:
         return scaled
     warped = np.full(logits.size, -np.inf, np.float32)

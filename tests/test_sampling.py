@@ -263,6 +263,12 @@ def test_warped_logits_are_those_that_a_token_is_chosen_by(
     assert warped[kept].tolist() == (logits[kept] / options.temperature).tolist()
 
 
+@pytest.mark.parametrize("temperature", [5e-324, 1e-40])
+def test_logits_warped_by_a_temperature_near_zero_are_still_a_distribution(temperature: float) -> None:
+    logits = np.array([2, 3, -np.inf, 0], dtype=np.float32)
+    assert warp_logits(logits, replace(PLAIN, temperature=temperature)).tolist() == [-np.inf, 0, -np.inf, -np.inf]
+
+
 def test_greedy_choice_warps_nothing() -> None:
     logits = np.arange(4, dtype=np.float32)
     assert warp_logits(logits, SamplingOptions.greedy()) is logits
