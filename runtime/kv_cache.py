@@ -79,6 +79,11 @@ class KVCache:
             buffer[rows, :, :length] = buffer[rows.start, :, :length]
         self.lengths[rows] = length
 
+    def truncate(self, row: int, length: int) -> None:
+        """Forget what a row holds beyond its first `length` tokens."""
+        assert 0 <= length <= self.lengths[row], "a row cannot be cut to more than it holds"
+        self.lengths[row] = length
+
     def _allocate(self, capacity: int) -> list[Buffer]:
         """All buffers in one piece: the system refuses one request beyond its memory, but grants many small ones."""
         config = self._config
