@@ -33,8 +33,10 @@ def outcome(pace: Pace, *, guesses: int = 0, accepted: int = 0, draft_ms: float 
 
 
 def settled(pace: Pace) -> Pace:
-    """The same pace after enough plain runs."""
-    for _ in range(50):
+    """The same pace after enough runs without guesses, and one of each size."""
+    for size in RUN_TOKENS:
+        pace.ran(None, outcome(pace, guesses=size - 1))
+    for _ in range(500):
         pace.ran(None, outcome(pace))
     return pace
 
@@ -68,6 +70,8 @@ def test_sizes_beyond_measured_ones_follow_the_slope() -> None:
     costs = RunCosts()
     costs.observe(1, 40)
     assert costs.ms(11) == pytest.approx(40 * (1 + 10 * COST_SLOPE))
+    costs.observe(2, 60)
+    assert costs.ms(4) == pytest.approx(100)  # steeper than expected
     costs = RunCosts()
     costs.observe(11, 80)
     assert costs.ms(1) == pytest.approx(80 / (1 + 10 * COST_SLOPE))
@@ -186,9 +190,9 @@ def test_each_kind_of_guess_has_its_own_chance() -> None:
 def test_a_dear_draft_is_asked_for_less() -> None:
     free, dear, too_dear = (settled(Pace()) for _ in range(3))
     for pace in (free, dear, too_dear):
-        for _ in range(10):
-            pace.watched(0, 3, tried=4)
-    assert guesses(free) > guesses(dear, draft_ms=8) > guesses(too_dear, draft_ms=40) == 0
+        for accepted in (0, 1, 2, 3, 4) * 4:
+            pace.watched(0, accepted, tried=4)
+    assert guesses(free) > guesses(dear, draft_ms=15) > guesses(too_dear, draft_ms=40) == 0
 
 
 def test_no_run_is_larger_than_what_has_room() -> None:
@@ -199,15 +203,28 @@ def test_no_run_is_larger_than_what_has_room() -> None:
     assert guesses(Pace(draft_tokens=9), most=4) == 4
 
 
-def test_what_could_be_lost_is_had_before_it_is_risked() -> None:
-    """After two plain runs there is one step to lose, and a little: not enough for a long run or a dear draft."""
-    pace = Pace()
-    for _ in range(2):
+def test_what_was_lost_is_not_risked_again() -> None:
+    """However good the guesses are taken to be: plain steps must earn it first, 3 in a hundred."""
+    pace = settled(Pace())
+    for _ in range(12):
+        pace.ran(None, Outcome(guesses=31, tried=0, accepted=0, tokens=1, draft_ms=0, run_ms=129, other_ms=0))
+    for _ in range(10):
+        pace.watched(0, 4, tried=4)
+    assert guesses(pace) == 0
+    for _ in range(300):
+        pace.ran(None, outcome(pace))
+    assert guesses(pace) > 0
+
+
+def test_a_size_is_tried_after_one_of_half_of_it() -> None:
+    pace, tried = Pace(), []
+    for _ in range(100):
         pace.ran(None, outcome(pace))
     for _ in range(10):
         pace.watched(0, 4, tried=4)
-    assert guesses(pace) == 8 - 1  # 63 + 9 ms would be more than two steps of 40, by the slope
-    assert guesses(pace, draft_ms=50) == 0
+        tried.append(guesses(pace) + 1)
+        pace.ran(0, outcome(pace, guesses=tried[-1] - 1, accepted=tried[-1] - 1))
+    assert tried[:5] == [2, 4, 8, 16, 32]
 
 
 def test_what_was_won_may_be_risked() -> None:
