@@ -22,7 +22,7 @@ takes rows two by two, and rounds the last of an odd number differently (1.32.0,
 MAX_DRAFT_TOKENS = RUN_TOKENS[-1] - 1
 
 COST_SLOPE = 0.1
-"""What a token more is taken to add to a run, in runs of one token, until it is measured. 774M: int8 0.08, 4 bit 0.17."""
+"""What a token more is taken to add to a run, in runs of one token, until it is known. 774M: int8 0.08, 4 bit 0.17."""
 
 RECENT = 0.2
 """Weight of the newest of several times: keys and values grow, processors get warm. A size that was not run for some

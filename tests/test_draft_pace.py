@@ -211,7 +211,7 @@ def test_what_was_lost_is_not_risked_again() -> None:
     for _ in range(10):
         pace.watched(0, 4, tried=4)
     assert guesses(pace) == 0
-    for _ in range(300):
+    for _ in range(700):
         pace.ran(None, outcome(pace))
     assert guesses(pace) > 0
 

@@ -140,17 +140,17 @@ def cached(decoding: Decoding) -> list[NDArray[np.float32]]:
 
 
 @pytest.mark.parametrize("options", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
-@pytest.mark.parametrize("draft_tokens", [None, 1, 2, 5, 31])
+@pytest.mark.parametrize("draft_tokens", [None, 1, 4, 31])
 def test_exact_texts_are_the_same_whatever_was_guessed(
     decoder: Decoder, options: SamplingOptions, draft_tokens: int | None
 ) -> None:
-    without = speculate(decoder, options, 90, draft=None, pace=Pace(exact=True))
+    without = speculate(decoder, options, 60, draft=None, pace=Pace(exact=True))
     for chance in (0.0, 0.8, 1.0):
         foreteller = Foreteller(without.ids, chance)
-        written = speculate(decoder, options, 90, draft=foreteller, pace=Pace(exact=True, draft_tokens=draft_tokens))
+        written = speculate(decoder, options, 60, draft=foreteller, pace=Pace(exact=True, draft_tokens=draft_tokens))
         assert written.ids == without.ids
         assert (written.stats.accepted > 0) == (chance > 0)
-    looked_up = speculate(decoder, options, 90, draft=PromptLookup(), pace=Pace(exact=True, draft_tokens=draft_tokens))
+    looked_up = speculate(decoder, options, 60, draft=PromptLookup(), pace=Pace(exact=True, draft_tokens=draft_tokens))
     assert looked_up.ids == without.ids
 
 
