@@ -183,22 +183,29 @@ class Pace:
         size = 1 + guesses
         return size + size % 2 if self.exact else size
 
-    def plan(self, kind: int | None, most: int, draft_ms: Callable[[int], float]) -> Plan:
+    def plan(self, kind: int | None, most: int, draft_ms: Callable[[int], float], *, catch_up_ms: float = 0.0) -> Plan:
         """Settle how many tokens to guess.
 
         Args:
             kind: of the draft's guess, which tells one chance from another; None where it has none.
             most: guesses that have room.
             draft_ms: what so many guesses take the draft.
+            catch_up_ms: what it takes before them, once, to read what it has missed.
         """
         with self._lock:
-            if kind is None or most < 1:
-                return self._expect(None, 0, draft_ms)
-            if self._draft_tokens is not None:
-                return self._expect(kind, min(self._draft_tokens, most), draft_ms)
-            return self._expect(kind, self._best(self._acceptance[kind], most, draft_ms), draft_ms)
+            guesses = 0
+            if kind is not None and most > 0:
+                guesses = min(
+                    most, self._draft_tokens or self._best(self._acceptance[kind], most, draft_ms, catch_up_ms)
+                )
+            tokens = self._acceptance[kind].expected_tokens(guesses) if kind is not None else 1.0
+            if not self._costs.settled(self.run_size(0)):
+                return Plan(guesses, tokens, None)
+            ms = self._costs.ms(self.run_size(guesses)) + tokens * self._token_ms
+            return Plan(guesses, tokens, ms + draft_ms(guesses) + catch_up_ms if guesses else ms)
 
-    def _best(self, acceptance: Acceptance, most: int, draft_ms: Callable[[int], float]) -> int:
+    def _best(self, acceptance: Acceptance, most: int, draft_ms: Callable[[int], float], catch_up_ms: float) -> int:
+        """The number of guesses with the most tokens a millisecond; none where catching up is never made good."""
         if not self._costs.settled(self.run_size(0)) or self._unrefreshed >= REFRESH_RUNS:
             return 0
         plain_ms = self._costs.ms(self.run_size(0))
@@ -206,21 +213,14 @@ class Pace:
         best, best_rate = 0, 1 / plain_ms
         for size in RUN_TOKENS:
             ms = self._costs.ms(size) + draft_ms(size - 1)
-            if size > most + 1 or ms > most_ms:  # all guesses may be wrong
+            if size > most + 1 or ms + catch_up_ms > most_ms:  # all guesses may be wrong
                 break
             if size > 2 * self._costs.largest:  # and what it takes is hardly known
                 break
             rate = acceptance.expected_tokens(size - 1) / ms
-            if rate > best_rate:
+            if rate > best_rate and (plain_ms - 1 / rate) * most >= catch_up_ms:
                 best, best_rate = size - 1, rate
         return best
-
-    def _expect(self, kind: int | None, guesses: int, draft_ms: Callable[[int], float]) -> Plan:
-        tokens = self._acceptance[kind].expected_tokens(guesses) if kind is not None else 1.0
-        if not self._costs.settled(self.run_size(0)):
-            return Plan(guesses, tokens, None)
-        run_ms = self._costs.ms(self.run_size(guesses)) + (draft_ms(guesses) if guesses else 0.0)
-        return Plan(guesses, tokens, run_ms + tokens * self._token_ms)
 
     def ran(self, kind: int | None, outcome: Outcome) -> None:
         """Learn from a run."""

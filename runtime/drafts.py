@@ -41,8 +41,12 @@ class Draft(Protocol):
         """Which kind of guess it has here: those of one kind are taken to be right equally often. None: it has none."""
         ...
 
-    def expected_ms(self, ids: Sequence[int], count: int) -> float:
-        """What `count` guesses would take."""
+    def expected_ms(self, count: int) -> float:
+        """What `count` guesses take where it has followed the text."""
+        ...
+
+    def catch_up_ms(self, ids: Sequence[int]) -> float:
+        """What it takes before that, once, to read what it has missed."""
         ...
 
     def propose(self, ids: Sequence[int], count: int) -> list[int]:
@@ -61,8 +65,12 @@ class PromptLookup:
         found = self._find(ids)
         return None if found is None else found[0]
 
-    def expected_ms(self, ids: Sequence[int], count: int) -> float:
+    def expected_ms(self, count: int) -> float:
         """Some microseconds, which are nothing beside a run."""
+        return 0.0
+
+    def catch_up_ms(self, ids: Sequence[int]) -> float:
+        """Likewise."""
         return 0.0
 
     def propose(self, ids: Sequence[int], count: int) -> list[int]:
@@ -138,9 +146,13 @@ class PackageDraft:
     def kind(self, ids: Sequence[int]) -> int | None:
         return 0 if len(ids) <= self._n_ctx else None
 
-    def expected_ms(self, ids: Sequence[int], count: int) -> float:
+    def expected_ms(self, count: int) -> float:
+        return count * self._package.costs.ms(1)
+
+    def catch_up_ms(self, ids: Sequence[int]) -> float:
+        missed = len(ids) - self._agree(ids)
         costs = self._package.costs
-        return costs.ms(len(ids) - self._agree(ids)) + (count - 1) * costs.ms(1)
+        return costs.ms(missed) - costs.ms(1) if missed > 1 else 0.0
 
     def propose(self, ids: Sequence[int], count: int) -> list[int]:
         agreed = self._agree(ids)

@@ -21,7 +21,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
-from functools import partial
 from typing import TypeAlias
 
 import numpy as np
@@ -183,7 +182,9 @@ class Speculation:
         room = self._n_ctx - int(self._decoding.cache.lengths[self._row]) - 1
         if self._pace.exact:
             room -= 1  # no token has another beside it in the context's last place: none may come there as a guess
-        return kind, self._pace.plan(kind, min(most - 1, room), partial(self._draft.expected_ms, ids))
+        draft = self._draft
+        plan = self._pace.plan(kind, min(most - 1, room), draft.expected_ms, catch_up_ms=draft.catch_up_ms(ids))
+        return kind, plan
 
     def _guess(self, ids: Sequence[int], kind: int | None, plan: Plan) -> list[int]:
         """Guesses to run. Where there are to be none, the draft may still be asked, to see whether it is right."""
@@ -192,8 +193,10 @@ class Speculation:
         if plan.guesses:
             self._watch = None
             return self._draft.propose(ids, plan.guesses)
-        if self._watch is None and self._pace.may_watch(self._draft.expected_ms(ids, WATCHED_TOKENS)):
-            self._watch = _Watch(kind, self._draft.propose(ids, WATCHED_TOKENS))
+        if self._watch is None:
+            ms = self._draft.expected_ms(WATCHED_TOKENS) + self._draft.catch_up_ms(ids)
+            if self._pace.may_watch(ms):
+                self._watch = _Watch(kind, self._draft.propose(ids, WATCHED_TOKENS))
         return []
 
     def _run(self, last: int, guesses: list[int]) -> NDArray[np.float32]:

@@ -195,6 +195,15 @@ def test_a_dear_draft_is_asked_for_less() -> None:
     assert guesses(free) > guesses(dear, draft_ms=15) > guesses(too_dear, draft_ms=40) == 0
 
 
+def test_catching_up_is_an_outlay_that_must_come_back() -> None:
+    """Over the rest of the text, not in the next run."""
+    pace = settled(Pace())
+    for accepted in (0, 1, 2, 3, 4) * 4:
+        pace.watched(0, accepted, tried=4)
+    planned = {most: pace.plan(0, most, lambda _: 0.0, catch_up_ms=200).guesses for most in (6, 100)}
+    assert planned == {6: 0, 100: guesses(pace)}
+
+
 def test_no_run_is_larger_than_what_has_room() -> None:
     pace = settled(Pace())
     for _ in range(10):

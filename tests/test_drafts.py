@@ -138,7 +138,7 @@ def test_what_guesses_take_is_known_beforehand(fp32: Decoder) -> None:
     seconds = count()
     draft = DraftPackage(fp32, clock=lambda: next(seconds)).for_text(greedy)
     before = next(seconds)
-    promised_ms = draft.expected_ms(IDS[:1], 5)
+    promised_ms = draft.catch_up_ms(IDS[:1]) + draft.expected_ms(5)
     draft.propose(IDS[:1], 5)
     assert promised_ms == pytest.approx(5000)
     assert next(seconds) - before == 2 * 5 + 1
@@ -146,9 +146,10 @@ def test_what_guesses_take_is_known_beforehand(fp32: Decoder) -> None:
 
 def test_what_the_draft_has_missed_is_counted_in(fp32: Decoder) -> None:
     draft = DraftPackage(fp32).for_text(greedy)
-    far_behind = draft.expected_ms(IDS, 1)
-    draft.propose(IDS[:-1], 1)
-    assert draft.expected_ms(IDS, 1) < far_behind
+    far_behind = draft.catch_up_ms(IDS)
+    draft.propose(IDS[:-3], 2)
+    assert 0 < draft.catch_up_ms(IDS) < far_behind
+    assert draft.catch_up_ms(IDS[:-2]) == 0
 
 
 # Whom it drafts for

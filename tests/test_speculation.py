@@ -73,7 +73,10 @@ class Foreteller:
     def kind(self, ids: Sequence[int]) -> int | None:
         return 0
 
-    def expected_ms(self, ids: Sequence[int], count: int) -> float:
+    def expected_ms(self, count: int) -> float:
+        return 0.0
+
+    def catch_up_ms(self, ids: Sequence[int]) -> float:
         return 0.0
 
     def propose(self, ids: Sequence[int], count: int) -> list[int]:
