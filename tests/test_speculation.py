@@ -413,8 +413,8 @@ def test_what_one_text_has_taught_serves_the_next(fp32: Decoder) -> None:
 @pytest.mark.parametrize("draft_tokens", [None, 5])
 def test_what_is_predicted_comes(fp32: Decoder, chance: float, draft_tokens: int | None) -> None:
     pace, total = Pace(draft_tokens=draft_tokens), SpeculationStats()
-    for seed in range(3):
-        *_, (_, _, stats) = clocked(fp32, TEXT, Foreteller(TEXT, chance, seed=seed), pace=pace)
+    for seed in range(2):
+        *_, (_, _, stats) = clocked(fp32, TEXT[:300], Foreteller(TEXT, chance, seed=seed), pace=pace)
         total += stats
     assert total.predicted_tokens_per_ms == pytest.approx(total.measured_tokens_per_ms, rel=PREDICTION)
 
