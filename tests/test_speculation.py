@@ -278,6 +278,14 @@ def test_an_end_among_accepted_guesses_ends_the_text(fp32: Decoder) -> None:
     assert written.decoding.cache.lengths.tolist() == [place]
 
 
+def test_a_guess_that_was_the_end_is_not_taken_for_wrong(fp32: Decoder) -> None:
+    whole, pace = plain(fp32, SAMPLED, 3), Pace(draft_tokens=1)
+    expected = pace.plan(0, 1, lambda _: 0.0).tokens
+    written = speculate(fp32, SAMPLED, 3, draft=Foreteller(whole), pace=pace, end=whole[len(PROMPT) + 1])
+    assert written.ids == whole[: len(PROMPT) + 2]
+    assert pace.plan(0, 1, lambda _: 0.0).tokens == expected
+
+
 def test_an_error_in_a_choice_leaves_what_was_taken(fp32: Decoder) -> None:
     expected = plain(fp32, GREEDY, 20)
     decoding = fp32.start(batch=1, capacity=60)
