@@ -1,9 +1,9 @@
 """What speculation wins, what it may cost, and whether its predictions come true.
 
-    scripts/bench speculation repeats PACKAGE    prompt lookup beside plain steps, greedily: random weights go round
-    scripts/bench speculation varied PACKAGE     prompt lookup, and a draft that is always wrong, where nothing repeats
+    scripts/bench speculation repeats PACKAGE      prompt lookup beside plain steps, greedily: random weights go round
+    scripts/bench speculation varied PACKAGE       prompt lookup, and a draft that is always wrong, where nothing repeats
     scripts/bench speculation draft PACKAGE DRAFT    a package drafts for another, in exact mode, over many texts
-    scripts/bench speculation rounding PACKAGE   what a token run alone has other than one run in a piece
+    scripts/bench speculation rounding PACKAGE     what a token run alone has other than one run in a piece
 
 Plain and speculative texts are written in turns in one process, each text by all ways, and the medians of their times
 are compared; the first round is a warm-up. Every way keeps what it learns from text to text, as a loaded package does.
@@ -273,13 +273,14 @@ def main() -> int:
     parser.add_argument("package", type=Path)
     parser.add_argument("draft", type=Path, nargs="?", help="the package that drafts")
     parser.add_argument("--prompt-tokens", type=int, default=64)
-    parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("--new-tokens", type=int, help="default 400 for repeats: a text must begin to repeat; else 128")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--texts", type=int, default=100, help="of draft")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout, nothing else")
     options = parser.parse_args()
     if (options.measure == "draft") != (options.draft is not None):
         parser.error("draft takes two packages, the others one")
+    options.new_tokens = options.new_tokens or (400 if options.measure == "repeats" else 128)
     measures = {"repeats": repeats, "varied": varied, "draft": draft, "rounding": rounding}
     options.measure = measures[options.measure]
     return run_command(lambda: report(options))
