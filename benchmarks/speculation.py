@@ -1,9 +1,9 @@
 """What speculation wins, what it may cost, and whether its predictions come true.
 
-    scripts/bench speculation repeats PACKAGE      prompt lookup beside plain steps, greedily: random weights go round
-    scripts/bench speculation varied PACKAGE       prompt lookup, and a draft that is always wrong, where nothing repeats
+    scripts/bench speculation repeats PACKAGE        prompt lookup, greedily: with random weights, texts go round
+    scripts/bench speculation varied PACKAGE         prompt lookup, and a draft that is always wrong; nothing repeats
     scripts/bench speculation draft PACKAGE DRAFT    a package drafts for another, in exact mode, over many texts
-    scripts/bench speculation rounding PACKAGE     what a token run alone has other than one run in a piece
+    scripts/bench speculation rounding PACKAGE       what a token run alone has other than one run in a piece
 
 Plain and speculative texts are written in turns in one process, each text by all ways, and the medians of their times
 are compared; the first round is a warm-up. Every way keeps what it learns from text to text, as a loaded package does.
