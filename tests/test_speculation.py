@@ -172,15 +172,16 @@ def test_exact_text_with_an_int4_draft_is_the_int8_text(int8: Decoder, int4: Dec
 def test_fp32_text_is_the_plain_text_without_exact_mode(fp32: Decoder, int4: Decoder, options: SamplingOptions) -> None:
     """Single steps are a rounding off pieces there, which no choice in these texts hangs on."""
     expected = plain(fp32, options, 120)
-    drafts = [
-        None,
-        PromptLookup(),
-        Foreteller(expected, chance=0.0),
-        Foreteller(expected, chance=0.7),
-        DraftPackage(int4).for_text(chooser(options)),
-    ]
-    for draft in drafts:
-        for draft_tokens in (None, 4):
+    package = DraftPackage(int4)
+    for draft_tokens in (None, 4):
+        drafts: list[Draft | None] = [
+            None,
+            PromptLookup(),
+            Foreteller(expected, chance=0.0),
+            Foreteller(expected, chance=0.7),
+            package.for_text(chooser(options)),
+        ]
+        for draft in drafts:
             written = speculate(fp32, options, 120, draft=draft, pace=Pace(draft_tokens=draft_tokens))
             assert written.ids == expected
 
