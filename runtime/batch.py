@@ -9,7 +9,6 @@ from .errors import GPT2EdgeError
 from .request import Generation, Prompt, Request
 from .row import Job, Row
 from .scheduler import Scheduler
-from .tokenizer import Tokenizer
 
 RESULTS_AHEAD = 32
 """Results for each slot that may wait for an earlier one; then no request is read until that one has ended. A result is
@@ -24,12 +23,9 @@ OnError = Literal["raise", "return"]
 class Batch:
     """Requests, each read when a slot waits for a row, and those results that are not yet given back."""
 
-    def __init__(
-        self, items: Iterable[Item], *, prepare: Callable[[Request, int], Job], tokenizer: Tokenizer, ahead: int
-    ) -> None:
+    def __init__(self, items: Iterable[Item], *, prepare: Callable[[Request, int], Job], ahead: int) -> None:
         self._items = enumerate(items)
         self._prepare = prepare
-        self._tokenizer = tokenizer
         self._ahead = ahead
         self._waiting: Iterator[Row] = iter(())  # samples of the request that was read last
         self._finished: dict[int, Generation] = {}
@@ -68,7 +64,7 @@ class Batch:
     def _collect(self, changed: list[Row]) -> None:
         for job in {row.job.index: row.job for row in changed if row.job.ended}.values():
             try:
-                self._finished[job.index] = job.generation(self._tokenizer)
+                self._finished[job.index] = job.generation()
             except GPT2EdgeError as error:
                 self._fail(job.index, error)
 

@@ -13,11 +13,16 @@ from .decoder import Decoder
 from .errors import RequestError
 from .log_probabilities import log_normalizer
 from .logits_processors import LogitsProcessors
+from .request import Generation, Request, Sample, SampleStats
+from .row import Job
 from .sampling import SamplingOptions
 from .truncation import rank_largest
 
 Float32Array = npt.NDArray[np.float32]
 Int64Array = npt.NDArray[np.int64]
+
+UNHONOURED = ("logits_processor", "top_logprobs", "prompt_lookup", "exact", "deadline_ms", "cancel")
+"""Options of a request that beam search would have to ignore."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +75,70 @@ class Beam:
 
     ids: tuple[int, ...]
     score: float  # sum of log-probabilities / len(ids) ** length_penalty
+
+
+def refuse_beams(values: Mapping[str, Any]) -> None:
+    """Refuse a Hugging Face generation_config.json that makes beam search the default.
+
+    Raises:
+        RequestError: it does, and what to do instead.
+    """
+    if beams := BeamSearchOptions.from_generation_config(values):
+        raise RequestError(
+            f"generation_config asks for num_beams {beams.num_beams}, which is no default here: it can neither stream "
+            "nor sample; set it to 1 there, and ask for beams with generate(num_beams=...)"
+        )
+
+
+def search_texts(decoder: Decoder, job: Job) -> Generation:
+    """Answer a request by beam search; its samples are the texts found, the best first.
+
+    Raises:
+        RequestError: the request asks for what beam search does not do, or as `search_beams`.
+        MachineError: memory ran out, or the graph cannot be run.
+    """
+    request = job.request
+    without_them = Request(num_beams=request.num_beams)
+    asked = [name for name in UNHONOURED if getattr(request, name) != getattr(without_them, name)]
+    if job.stopping.stop_strings:
+        asked.append("stop_strings")
+    if asked:
+        raise RequestError(f"beam search does not do {', '.join(asked)}; leave them out, or leave num_beams out")
+    beams = search_beams(
+        decoder,
+        job.prompt,
+        beams=BeamSearchOptions(
+            num_beams=request.num_beams, length_penalty=request.length_penalty, early_stopping=request.early_stopping
+        ),
+        sampling=job.sampling,
+        n_vocab=job.tokenizer.n_vocab,
+        eos_ids=job.stopping.eos_ids,
+        max_new_tokens=job.max_new_tokens,
+        min_new_tokens=job.min_new_tokens,
+        num_return_sequences=request.num_return_sequences,
+    )
+    return Generation(
+        prompt_ids=tuple(job.prompt.tolist()),
+        seed=job.seed,
+        samples=tuple(_sample(beam, job) for beam in beams),
+        truncated=job.truncated,
+    )
+
+
+def _sample(beam: Beam, job: Job) -> Sample:
+    """A text as a sample: its tokens came all at once, so they have no times of their own."""
+    by_id = beam.ids[-1] in job.stopping.eos_ids
+    kept = beam.ids[:-1] if by_id else beam.ids
+    stats = SampleStats(
+        prompt_tokens=len(job.prompt),
+        new_tokens=len(beam.ids),
+        ttft_ms=0.0,
+        decode_tokens_per_s=0.0,
+        itl_ms=(),
+        reencoded=0,
+    )
+    text = job.tokenizer.decode(kept)
+    return Sample(text, kept, "stop" if by_id else "length", stats, beam_score=beam.score)
 
 
 def search_beams(

@@ -12,116 +12,51 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, BinaryIO, get_args
+from typing import Any, BinaryIO
 
-from .command_line import CommandLineParser, print_json, run_command
+from .command_line import print_json, run_command
 from .errors import RequestError, TokenizerError
-from .package import Device
-from .prompt_file import read_requests, with_options
-from .request import Generation, Overflow, Request
-from .row import DEFAULT_NEW_TOKENS
-from .sampling import SamplingOptions
+from .generate_options import parse, request_options, sampling_options
+from .prompt_file import read_requests
+from .request import Generation, Request, RequestOptions
 from .text_generator import DEFAULT_BATCH_SIZE, TextGenerator
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; see `--help`."""
-    return run_command(lambda: _generate(_parse(argv)))
-
-
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = CommandLineParser(
-        prog="python -m runtime.generate",
-        description="Write text with a package: continue PROMPT, or out of nothing without one.",
-    )
-    parser.add_argument("package", help="folder that export.convert wrote")
-    parser.add_argument("prompt", nargs="?", default="", help="text to continue; - reads it from standard input")
-    parser.add_argument(
-        "--max-new-tokens", type=int, metavar="N", help=f"default {DEFAULT_NEW_TOKENS}, room permitting"
-    )
-    parser.add_argument("--greedy", action="store_true", help="the most probable token each time")
-    parser.add_argument("--temperature", type=float, metavar="T", help="default: the package's, as for the next two")
-    parser.add_argument("--top-k", type=int, metavar="K", help="0 is off")
-    parser.add_argument("--top-p", type=float, metavar="P", help="1 is off")
-    parser.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same text")
-    parser.add_argument("--num-return-sequences", type=int, default=1, metavar="N", help="samples of the same prompt")
-    parser.add_argument("--interactive", action="store_true", help="read prompts line by line until end of input")
-    parser.add_argument(
-        "--prompts",
-        metavar="FILE",
-        help="a prompt a line, or a JSON object with a prompt and its options; - is standard input; one JSON object a "
-        "line comes out",
-    )
-    parser.add_argument(
-        "--batch", type=int, metavar="N", help=f"of --prompts, run together (default {DEFAULT_BATCH_SIZE})"
-    )
-    parser.add_argument("--as-ready", action="store_true", help="of --prompts, print each as it ends, not in order")
-    parser.add_argument("--overflow", choices=get_args(Overflow), default="error", help="text longer than the context")
-    parser.add_argument("--deadline-ms", type=float, metavar="MS", help="end each text when so much time is over")
-    parser.add_argument("--device", choices=get_args(Device), default="cpu")
-    parser.add_argument("--threads", type=int, metavar="N", help="default: the processors this process may use")
-    parser.add_argument(
-        "--prepacked-dir", metavar="DIR", help="keep the weights there as this processor multiplies them: loads faster"
-    )
-    parser.add_argument("--stats", action="store_true", help="times and seed on stderr")
-    parser.add_argument("--json", action="store_true", help="one JSON object on stdout, nothing else")
-    options = parser.parse_args(argv)
-    if options.greedy and any(
-        value is not None for value in (options.temperature, options.top_k, options.top_p, options.seed)
-    ):
-        parser.error("--greedy takes no --temperature, --top-k, --top-p or --seed")
-    if options.interactive and (options.prompt or options.json):
-        parser.error("--interactive takes no PROMPT and no --json")
-    if options.prompts is None and (options.batch is not None or options.as_ready):
-        parser.error("--batch and --as-ready are for --prompts FILE")
-    if options.prompts is not None and (options.prompt or options.interactive or options.json or options.stats):
-        parser.error("--prompts takes no PROMPT, --interactive, --json or --stats: its lines are JSON, with statistics")
-    return options
+    return run_command(lambda: _generate(parse(argv)))
 
 
 def _generate(options: argparse.Namespace) -> int:
     generator = TextGenerator.load(
-        options.package, device=options.device, threads=options.threads, prepacked_dir=options.prepacked_dir
+        options.package,
+        device=options.device,
+        threads=options.threads,
+        prepacked_dir=options.prepacked_dir,
+        draft=options.draft,
+        prefix_cache_bytes=options.prefix_cache_bytes,
     )
-    sampling = _sampling(options, generator.default_sampling)
+    asked = request_options(options, sampling_options(options, generator.default_sampling))
     if options.prompts is not None:
-        _answer_file(generator, sampling, options)
+        _answer_file(generator, asked, options)
     elif options.interactive:
         for prompt in _typed_prompts():
             try:
-                _write(generator, prompt, sampling, options)
+                _write(generator, prompt, asked, options)
             except RequestError as error:  # too long, say: the next line may be shorter
                 print(f"error: {error}", file=sys.stderr)
     else:
         prompt = _text(sys.stdin.buffer.read()) if options.prompt == "-" else options.prompt
-        _write(generator, prompt, sampling, options)
+        _write(generator, prompt, asked, options)
     return 0
 
 
-def _sampling(options: argparse.Namespace, default: SamplingOptions) -> SamplingOptions:
-    if options.greedy:
-        return SamplingOptions.greedy()
-    given = {
-        name: value
-        for name in ("temperature", "top_k", "top_p", "seed")
-        if (value := getattr(options, name)) is not None
-    }
-    return with_options(default, given)
-
-
-def _answer_file(generator: TextGenerator, sampling: SamplingOptions, options: argparse.Namespace) -> None:
+def _answer_file(generator: TextGenerator, asked: RequestOptions, options: argparse.Namespace) -> None:
     """A line of JSON for each line; a bad one is answered by its error, and the others go on."""
-    default = Request(
-        max_new_tokens=options.max_new_tokens,
-        sampling=sampling,
-        num_return_sequences=options.num_return_sequences,
-        overflow=options.overflow,
-        deadline_ms=options.deadline_ms,
-    )
     first_failed, n_failed, n_lines = None, 0, 0
     with _opened(options.prompts) as lines:
         results = generator.generate_many(
-            read_requests(lines, default),
+            read_requests(lines, Request(**asked)),
             batch_size=DEFAULT_BATCH_SIZE if options.batch is None else options.batch,
             ordered=not options.as_ready,
             on_error="return",
@@ -156,27 +91,15 @@ def _as_json(result: Generation) -> dict[str, Any]:
     return values
 
 
-def _write(generator: TextGenerator, prompt: str, sampling: SamplingOptions, options: argparse.Namespace) -> None:
+def _write(generator: TextGenerator, prompt: str, asked: RequestOptions, options: argparse.Namespace) -> None:
     """Generate and print; a lone sample is printed as it is written."""
-    if options.num_return_sequences == 1 and not options.json and not options.stats:
-        for text in generator.stream(
-            prompt,
-            max_new_tokens=options.max_new_tokens,
-            sampling=sampling,
-            overflow=options.overflow,
-            deadline_ms=options.deadline_ms,
-        ):
+    alone = asked.get("num_return_sequences", 1) == asked.get("num_beams", 1) == 1
+    if alone and not options.json and not options.stats:
+        for text in generator.stream(prompt, **asked):
             print(text, end="", flush=True)
         print()
         return
-    result = generator.generate(
-        prompt,
-        max_new_tokens=options.max_new_tokens,
-        sampling=sampling,
-        num_return_sequences=options.num_return_sequences,
-        overflow=options.overflow,
-        deadline_ms=options.deadline_ms,
-    )
+    result = generator.generate(prompt, **asked)
     if options.json:
         print_json(_as_json(result))
     else:

@@ -121,9 +121,6 @@ class KVCache:
         self.lengths[rows] = self.lengths[sources[rows]]
 
     def _allocate(self, capacity: int) -> Buffer:
-=======
-    def _allocate(self, capacity: int) -> list[Buffer]:
->>>>>>> speculation
         """All buffers in one piece: the system refuses one request beyond its memory, but grants many small ones."""
         config = self._config
         shape = (len(CACHE_KINDS) * config.n_layer, self.batch, config.n_head, capacity, config.head_dim)

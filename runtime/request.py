@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypeAlias
+from typing import Literal, Protocol, TypeAlias, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .errors import GPT2EdgeError
+from .log_probabilities import TokenLogProbability
 from .sampling import SamplingOptions
+from .speculation import SpeculationStats
 
 Prompt: TypeAlias = "str | Sequence[int] | NDArray[np.int64]"
 """Text, or token ids. Empty means unconditional: the model starts from its end-of-text token."""
@@ -29,8 +31,8 @@ way: keys and values that stay when older ones are dropped would stand at wrong 
 """
 
 FinishReason = Literal["stop", "length", "deadline", "cancelled"]
-"""stop: the model ended the text. length: max_new_tokens were written. deadline: deadline_ms were over. cancelled: the
-caller's `cancel` was set."""
+"""stop: an end id or a stop string ended the text. length: max_new_tokens were written. deadline: deadline_ms were
+over. cancelled: the caller's `cancel` was set."""
 
 
 class Cancellation(Protocol):
@@ -45,12 +47,22 @@ class Request:
 
     Args:
         prompt: text or token ids; empty for text out of nothing.
-        max_new_tokens: the most that is written; None takes 128, or less: with overflow "error" what the context has
-            room for, with "truncate" half the context.
-        min_new_tokens: the end-of-text token is not chosen before this many.
+        max_new_tokens: the most that is written; None takes the package's, or else 128, or less: with overflow "error"
+            what the context has room for, with "truncate" half the context.
+        min_new_tokens: no end id is chosen before this many.
+        eos_token_id: one id, or several, each of which ends the text; None takes the package's.
+        stop_strings: one string, or several: the text ends before the first of them that is complete; `ids` hold it.
         sampling: how tokens are chosen; None takes the package's own defaults (`TextGenerator.default_sampling`).
         num_return_sequences: independent samples of the same prompt. Sample i is the same however many are asked for.
-        logits_processor: sees, and may change, what each token is chosen from.
+        logits_processor: sees, and may change, what each token is chosen from, after biases, penalties and bans.
+        top_logprobs: have each token's log-probability told, and those of so many most probable ones: of the logits as
+            the model gave them. None tells none.
+        num_beams: 2 or more searches so many beams instead, for `generate` alone; with it go length_penalty and
+            early_stopping, see `BeamSearchOptions`.
+        prompt_lookup: guess the next tokens from what followed the same words before, and check several in one run: see
+            `runtime.speculation`. For one sample at a time. A generator that has a draft package guesses by that,
+            unless this asks otherwise.
+        exact: have the text be the same to the last bit with and without guesses, at every precision. For one sample.
         overflow: what becomes of a prompt that does not fit the context together with max_new_tokens.
         reencode_stride: tokens that a re-encoding makes room for, 1 to n_ctx - 1; None takes half the context. The
             more, the fewer re-encodings, and the less the model remembers just behind one.
@@ -61,14 +73,44 @@ class Request:
 
     prompt: Prompt = ""
     max_new_tokens: int | None = None
-    min_new_tokens: int = 0
+    min_new_tokens: int | None = None
+    eos_token_id: int | Sequence[int] | None = None
+    stop_strings: str | Sequence[str] | None = None
     sampling: SamplingOptions | None = None
     num_return_sequences: int = 1
     logits_processor: LogitsProcessor | None = None
+    top_logprobs: int | None = None
+    num_beams: int = 1
+    length_penalty: float = 1.0
+    early_stopping: bool | Literal["never"] = False
+    prompt_lookup: bool = False
+    exact: bool = False
     overflow: Overflow = "error"
     reencode_stride: int | None = None
     deadline_ms: float | None = None
     cancel: Cancellation | None = None
+
+
+class RequestOptions(TypedDict, total=False):
+    """The fields of `Request` but for the prompt, as keyword arguments."""
+
+    max_new_tokens: int | None
+    min_new_tokens: int | None
+    eos_token_id: int | Sequence[int] | None
+    stop_strings: str | Sequence[str] | None
+    sampling: SamplingOptions | None
+    num_return_sequences: int
+    logits_processor: LogitsProcessor | None
+    top_logprobs: int | None
+    num_beams: int
+    length_penalty: float
+    early_stopping: bool | Literal["never"]
+    prompt_lookup: bool
+    exact: bool
+    overflow: Overflow
+    reencode_stride: int | None
+    deadline_ms: float | None
+    cancel: Cancellation | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,16 +123,22 @@ class SampleStats:
     decode_tokens_per_s: float  # tokens after the first
     itl_ms: tuple[float, ...]  # [new_tokens - 1], from each token to the next: a re-encoding shows here
     reencoded: int  # times that the window was run again
+    speculation: SpeculationStats | None = None  # what guessing came to, where there was any
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A continuation. `ids` are its tokens without the end-of-text that may have ended it, `text` is their text."""
+    """A continuation. `ids` are its tokens without the end id that may have ended it, `text` is their text.
+
+    Where a stop string ended it, `text` ends before the string.
+    """
 
     text: str
     ids: tuple[int, ...]
     finish_reason: FinishReason
     stats: SampleStats
+    logprobs: tuple[TokenLogProbability, ...] = ()  # of each new token, an end id included, if they were asked for
+    beam_score: float | None = None  # of a text that beam search found
 
 
 @dataclass(frozen=True, slots=True)

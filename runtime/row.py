@@ -7,9 +7,10 @@ the logits: never of the slot in which it runs, nor of what runs beside it.
 from __future__ import annotations
 
 import math
+import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import get_args
 
@@ -19,11 +20,13 @@ from numpy.typing import NDArray
 from .config import GPT2Config
 from .decoder import check_ids_are_known, check_room
 from .errors import GPT2EdgeError, RequestError
-from .request import FinishReason, Generation, Overflow, Prompt, Request, Sample, SampleStats
+from .log_probabilities import TokenLogProbability, log_probabilities
+from .logits_processors import LogitsProcessors
+from .request import FinishReason, Generation, LogitsProcessor, Overflow, Prompt, Request, Sample, SampleStats
 from .sampling import SamplingOptions, choose_token, fresh_seed, random_uniform
+from .speculation import SpeculationStats
+from .stopping import DEFAULT_NEW_TOKENS, GrowingText, StoppingOptions
 from .tokenizer import Tokenizer
-
-DEFAULT_NEW_TOKENS = 128
 
 
 @dataclass(slots=True)
@@ -35,13 +38,17 @@ class Job:
     prompt: NDArray[np.int64]  # [T], T >= 1
     truncated: int
     max_new_tokens: int
+    min_new_tokens: int
+    stopping: StoppingOptions
+    processors: LogitsProcessors
     kept_tokens: int  # how many ids a re-encoding runs again
     sampling: SamplingOptions
     seed: int
     config: GPT2Config
-    n_tokens: int  # ids that stand for text; an embedding may have more rows: padding
+    tokenizer: Tokenizer
     started: float  # perf_counter
     rows: list[Row] = field(default_factory=list)
+    follows_text: bool = False  # tell its text while it grows
     prompt_logits: NDArray[np.float32] | None = None  # [V] behind the prompt, kept where several samples need them
 
     @property
@@ -60,7 +67,7 @@ class Job:
             self.rows.append(row)
             yield row
 
-    def generation(self, tokenizer: Tokenizer) -> Generation:
+    def generation(self) -> Generation:
         """What has come of it.
 
         Raises:
@@ -69,7 +76,7 @@ class Job:
         return Generation(
             prompt_ids=tuple(self.prompt.tolist()),
             seed=self.seed,
-            samples=tuple(row.result(tokenizer) for row in self.rows),
+            samples=tuple(row.result() for row in self.rows),
             truncated=self.truncated,
             index=self.index,
         )
@@ -78,7 +85,10 @@ class Job:
 class Row:
     """One sample under way, or ended."""
 
-    __slots__ = ("error", "finish_reason", "ids", "job", "reencoded", "sample", "start", "times")
+    __slots__ = (
+        *("ended_by_id", "error", "finish_reason", "ids", "job", "logprobs", "reencoded", "sample", "speculation"),
+        *("start", "text", "times"),
+    )
 
     def __init__(self, job: Job, sample: int) -> None:
         self.job = job
@@ -87,7 +97,11 @@ class Row:
         self.start = 0  # which of the ids stands at position 0
         self.times: list[float] = []  # perf_counter at each new token
         self.reencoded = 0
+        self.logprobs: list[TokenLogProbability] = []
+        self.speculation: SpeculationStats | None = None
+        self.text = GrowingText(job.tokenizer, job.stopping.stop_strings) if job.follows_text else None
         self.finish_reason: FinishReason | None = None
+        self.ended_by_id = False
         self.error: GPT2EdgeError | None = None
 
     @property
@@ -96,8 +110,8 @@ class Row:
 
     @property
     def new_ids(self) -> list[int]:
-        """The ids of its text: without the end-of-text that may have ended it."""
-        return self.ids[len(self.job.prompt) : len(self.ids) - (self.finish_reason == "stop")]
+        """The ids of its text: without the end id that may have ended it."""
+        return self.ids[len(self.job.prompt) : len(self.ids) - self.ended_by_id]
 
     @property
     def is_full(self) -> bool:
@@ -119,6 +133,11 @@ class Row:
         except GPT2EdgeError as error:
             self.error = error
 
+    def take(self, logits: NDArray[np.float32]) -> int | None:
+        """`advance`, and tell the token: None if the row has ended."""
+        self.advance(logits)
+        return None if self.ended else self.ids[-1]
+
     def interrupted(self) -> bool:
         """End it if its deadline is over or nobody waits for it any more."""
         request = self.job.request
@@ -128,7 +147,19 @@ class Row:
             self.finish_reason = "deadline"
         return self.finish_reason is not None
 
-    def result(self, tokenizer: Tokenizer) -> Sample:
+    def choose(
+        self, ids: Sequence[int], logits: NDArray[np.float32], logits_processor: LogitsProcessor | None = None
+    ) -> int:
+        """The token that this sample takes behind ids, from logits [V]; also where another package guesses it."""
+        job = self.job
+        logits = logits[: job.tokenizer.n_vocab]  # an embedding may have more rows: padding
+        logits = job.processors.apply(logits, ids=ids, prompt_length=len(job.prompt))
+        if logits_processor is not None:
+            logits = logits_processor(ids, logits)
+        uniform = random_uniform(job.seed, self.sample, len(ids)) if job.sampling.do_sample else 0.0
+        return choose_token(logits, job.sampling, uniform)
+
+    def result(self) -> Sample:
         """What it has come to.
 
         Raises:
@@ -138,24 +169,30 @@ class Row:
             raise self.error
         assert self.finish_reason is not None, "asked for before it had ended"
         kept = self.new_ids
-        return Sample(tokenizer.decode(kept), tuple(kept), self.finish_reason, self._stats())
+        if self.text is None:
+            text = self.job.tokenizer.decode(kept)
+        else:
+            self.text.finish()
+            text = self.text.text
+        return Sample(text, tuple(kept), self.finish_reason, self._stats(), tuple(self.logprobs))
 
     def _choose(self, logits: NDArray[np.float32]) -> int:
         """Where logits become a token."""
-        job = self.job
-        logits = logits[: job.n_tokens]
-        if len(self.times) < job.request.min_new_tokens:
-            logits[job.config.eos_token_id] = -np.inf
-        if job.request.logits_processor is not None:
-            logits = job.request.logits_processor(self.ids, logits)
-        uniform = random_uniform(job.seed, self.sample, len(self.ids)) if job.sampling.do_sample else 0.0
-        return choose_token(logits, job.sampling, uniform)
+        request = self.job.request
+        given = logits[: self.job.tokenizer.n_vocab]
+        if request.top_logprobs is None:
+            return self.choose(self.ids, given, request.logits_processor)
+        token_id = self.choose(self.ids, given.copy(), request.logits_processor)  # the caller's function may write
+        self.logprobs.append(log_probabilities(given, token_id, top=request.top_logprobs))
+        return token_id
 
     def _take(self, token_id: int) -> None:
         """Where a row's end is decided."""
         self.ids.append(token_id)
         self.times.append(time.perf_counter())
-        if token_id == self.job.config.eos_token_id:
+        if token_id in self.job.stopping.eos_ids:
+            self.finish_reason, self.ended_by_id = "stop", True
+        elif self.text is not None and self.text.push(token_id):
             self.finish_reason = "stop"
         elif len(self.times) == self.job.max_new_tokens:
             self.finish_reason = "length"
@@ -169,42 +206,58 @@ class Row:
             decode_tokens_per_s=(len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else 0.0,
             itl_ms=tuple((after - before) * 1e3 for before, after in pairwise(times)),
             reencoded=self.reencoded,
+            speculation=self.speculation,
         )
 
 
-def prepare(
-    request: Request, *, index: int = 0, tokenizer: Tokenizer, config: GPT2Config, default_sampling: SamplingOptions
-) -> Job:
+@dataclass(frozen=True, slots=True)
+class Defaults:
+    """What requests leave open."""
+
+    tokenizer: Tokenizer
+    config: GPT2Config
+    sampling: SamplingOptions
+    stopping: StoppingOptions
+
+
+def prepare(request: Request, defaults: Defaults, *, index: int = 0) -> Job:
     """Check a request against the model, and settle what it leaves open.
 
     Raises:
-        RequestError: prompt and new tokens do not fit the context, or a value is out of range.
+        RequestError: prompt and new tokens do not fit the context, a value is out of range, or options exclude each
+            other.
         TokenizerError: the prompt is no text.
     """
     started = time.perf_counter()
     _check_values(request)
+    tokenizer, config = defaults.tokenizer, defaults.config
     ids = prompt_ids(request.prompt, tokenizer, config)
     if request.overflow == "error":
         check_room(len(ids), config)
-    max_new_tokens = _max_new_tokens(request, len(ids), config)
-    if type(request.min_new_tokens) is not int or not 0 <= request.min_new_tokens <= max_new_tokens:
-        raise RequestError(
-            f"min_new_tokens is {request.min_new_tokens!r}, expected 0 to max_new_tokens, {max_new_tokens}"
-        )
+    names = ("max_new_tokens", "min_new_tokens", "eos_token_id", "stop_strings")
+    given = {name: value for name in names if (value := getattr(request, name)) is not None}
+    stopping = replace(defaults.stopping, **given)
+    min_new_tokens, max_new_tokens = _new_tokens(request.overflow, stopping, len(ids), config)
     truncated = max(0, len(ids) + max_new_tokens - config.n_ctx) if request.overflow == "truncate" else 0
-    sampling = request.sampling or default_sampling
+    sampling = request.sampling or defaults.sampling
     return Job(
         request=request,
         index=index,
         prompt=ids[truncated:],
         truncated=truncated,
         max_new_tokens=max_new_tokens,
+        min_new_tokens=min_new_tokens,
+        stopping=stopping,
+        processors=LogitsProcessors(
+            sampling, n_vocab=tokenizer.n_vocab, eos_ids=stopping.eos_ids, min_new_tokens=min_new_tokens
+        ),
         kept_tokens=config.n_ctx - _stride(request, config),
         sampling=sampling,
         seed=fresh_seed() if sampling.seed is None else sampling.seed,
         config=config,
-        n_tokens=tokenizer.n_vocab,
+        tokenizer=tokenizer,
         started=started,
+        follows_text=bool(stopping.stop_strings),
     )
 
 
@@ -232,12 +285,21 @@ def as_ids(ids: Prompt) -> NDArray[np.int64]:
 
 def _check_values(request: Request) -> None:
     """Refuse what is out of range for any prompt and any model."""
-    for name in ("max_new_tokens", "num_return_sequences"):
+    for name, least in (("num_return_sequences", 1), ("num_beams", 1), ("top_logprobs", 0)):
         value = getattr(request, name)
-        if value is None and name == "max_new_tokens":
-            continue
-        if type(value) is not int or value < 1:
-            raise RequestError(f"{name} is {value!r}, expected a whole number above 0")
+        if (value is not None or name != "top_logprobs") and (type(value) is not int or value < least):
+            raise RequestError(f"{name} is {value!r}, expected a whole number, {least} or more")
+    if request.num_beams == 1 and (request.length_penalty != 1 or request.early_stopping is not False):
+        raise RequestError(
+            "length_penalty and early_stopping are for beam search; ask for num_beams too, or leave them"
+        )
+    if request.num_beams > 1 and request.overflow == "reencode":
+        raise RequestError("beam search cannot go past the context; take another overflow than 'reencode'")
+    if request.num_return_sequences > 1 and (request.prompt_lookup or request.exact):
+        raise RequestError(
+            f"prompt_lookup and exact are for one sample at a time, num_return_sequences is "
+            f"{request.num_return_sequences}; ask for them one by one"
+        )
     if request.overflow not in get_args(Overflow):
         raise RequestError(f"overflow is {request.overflow!r}, expected one of {', '.join(get_args(Overflow))}")
     deadline_ms = request.deadline_ms
@@ -247,27 +309,19 @@ def _check_values(request: Request) -> None:
         raise RequestError(f"deadline_ms is {deadline_ms!r}, expected a number of milliseconds above 0")
 
 
-def _max_new_tokens(request: Request, n_prompt: int, config: GPT2Config) -> int:
-    room = config.n_ctx - n_prompt
-    asked = request.max_new_tokens
-    if request.overflow == "reencode":
-        return asked or DEFAULT_NEW_TOKENS
-    if request.overflow == "truncate":
-        asked = asked or max(1, min(DEFAULT_NEW_TOKENS, config.n_ctx // 2))
-        if asked >= config.n_ctx:
-            raise RequestError(
-                f"max_new_tokens {asked} leaves no place for the prompt in the model's context of {config.n_ctx}; ask "
-                f"for at most {config.n_ctx - 1}, or take overflow 'reencode'"
-            )
-        return asked
-    asked = asked or max(1, min(DEFAULT_NEW_TOKENS, room))
-    if asked > room:
-        advice = f" or ask for at most {room}" if room else ""
+def _new_tokens(overflow: Overflow, stopping: StoppingOptions, n_prompt: int, config: GPT2Config) -> tuple[int, int]:
+    """Fewest and most new tokens."""
+    if overflow == "error":
+        return stopping.new_tokens(n_prompt, n_ctx=config.n_ctx)
+    if overflow == "truncate" and stopping.max_new_tokens is None and stopping.max_length is None:
+        stopping = replace(stopping, max_new_tokens=max(1, min(DEFAULT_NEW_TOKENS, config.n_ctx // 2)))
+    fewest, most = stopping.new_tokens(n_prompt, n_ctx=sys.maxsize)
+    if overflow == "truncate" and most >= config.n_ctx:
         raise RequestError(
-            f"a prompt of {n_prompt} tokens and max_new_tokens {asked} do not fit the model's context of "
-            f"{config.n_ctx}; shorten the prompt{advice}"
+            f"max_new_tokens {most} leaves no place for the prompt in the model's context of {config.n_ctx}; ask for "
+            f"at most {config.n_ctx - 1}, or take overflow 'reencode'"
         )
-    return asked
+    return fewest, most
 
 
 def _stride(request: Request, config: GPT2Config) -> int:

@@ -9,23 +9,40 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .decoder import Decoder
+from .prefix_cache import PrefixCache
 from .row import Row
+from .speculation import Speculation
+from .speculator import Speculator
 
 
 class Scheduler:
     """Slots of one cache, and the rows under way in them."""
 
-    def __init__(self, decoder: Decoder, *, slots: int, capacity: int = 1) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        *,
+        slots: int,
+        capacity: int = 1,
+        prefix_cache: PrefixCache | None = None,
+        speculator: Speculator | None = None,
+    ) -> None:
         """Reserve a cache.
 
         Args:
             decoder: the model.
             slots: rows that may run together.
             capacity: tokens that a row has room for at first; the cache grows when a row needs more.
+            prefix_cache: knows the beginnings of earlier prompts.
+            speculator: what the one row that there will be may guess by.
         Raises:
             RequestError: no slots, or a capacity beyond the context.
             MachineError: the memory cannot be had.
         """
+        assert speculator is None or slots == 1, "guesses are for one row"
+        self._prefix_cache = prefix_cache
+        self._speculator = speculator
+        self._speculation: Speculation | None = None
         self._decoding = decoder.start(batch=slots, capacity=capacity)
         self._rows: list[Row] = []  # by slot; between steps some may have ended
 
@@ -53,8 +70,13 @@ class Scheduler:
                 return
 
     def _step(self) -> list[Row]:
-        """One token for each row, in one run."""
+        """One token for each row, in one run; or for the only row all those that were guessed right, and one more."""
         rows = list(self._rows)
+        if self._speculation is not None:
+            row = rows[0]
+            self._speculation.step(row.ids, row.take, most=row.job.max_new_tokens - len(row.times))
+            row.speculation = self._speculation.stats
+            return rows
         logits = self._decoding.decode_step(np.array([row.ids[-1] for row in rows], np.int64))  # [B, V]
         for row, own in zip(rows, logits, strict=True):
             row.advance(own)
@@ -90,15 +112,21 @@ class Scheduler:
             logits = self._prefilled(slot, row)
         if logits is not None:
             row.advance(logits)
+            if self._speculator is not None and self._speculation is None:
+                self._speculation = self._speculator.begin(self._decoding, slot, row)
 
     def _prefilled(self, slot: int, row: Row) -> NDArray[np.float32] | None:
         """Logits [V] behind the row's ids; None if it was interrupted."""
         self._decoding.cache.lengths[slot] = 0
         ids = np.array(row.ids[row.start :], np.int64)
-        for piece in self._decoding.append(slot, ids, last_only=True):
+        prefixes = None if row.times else self._prefix_cache
+        known = 0 if prefixes is None else prefixes.insert(self._decoding, slot, ids)
+        for piece in self._decoding.append(slot, ids[known:], last_only=True):
             if row.interrupted():
                 return None
             logits: NDArray[np.float32] = piece[-1]
+        if prefixes is not None:
+            prefixes.store(self._decoding, slot, ids)
         if row.job.request.num_return_sequences > 1 and not row.times:
             row.job.prompt_logits = logits.copy()
         return logits

@@ -8,6 +8,7 @@ from typing import Any
 
 from .errors import RequestError
 from .sampling import TokenIds, token_ids
+from .tokenizer import Tokenizer
 
 DEFAULT_NEW_TOKENS = 128
 
@@ -155,3 +156,38 @@ class StopStrings:
         return next(
             (size for size in range(longest, 0, -1) if any(s.startswith(text[-size:]) for s in self._strings)), 0
         )
+
+
+class GrowingText:
+    """The text of a row, token by token, up to a stop string."""
+
+    def __init__(self, tokenizer: Tokenizer, stop_strings: Sequence[str]) -> None:
+        self._decoder = tokenizer.stream()
+        self._stops = StopStrings(stop_strings)
+        self._certain: list[str] = []
+        self._n_read = 0
+
+    def push(self, token_id: int) -> bool:
+        """Take the next token; true if a stop string is complete with it."""
+        certain, stopped = self._stops.push(self._decoder.push(token_id))
+        self._certain.append(certain)
+        return stopped
+
+    def finish(self) -> None:
+        """No more tokens come."""
+        if not self._stops.stopped:
+            certain, stopped = self._stops.push(self._decoder.finish())
+            self._certain.append(certain)
+            if not stopped:
+                self._certain.append(self._stops.finish())
+
+    def read(self) -> str:
+        """What has become certain since it was read last."""
+        fresh = "".join(self._certain[self._n_read :])
+        self._n_read = len(self._certain)
+        return fresh
+
+    @property
+    def text(self) -> str:
+        """All that is certain."""
+        return "".join(self._certain)

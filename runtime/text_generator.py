@@ -6,7 +6,7 @@ import logging
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,17 +14,25 @@ from numpy.typing import NDArray
 from .activations import NARROW
 from .async_stream import Abandonment, read_in_threads
 from .batch import RESULTS_AHEAD, Batch, Item, OnError
+from .beam_search import refuse_beams, search_texts
 from .config import GPT2Config
 from .decoder import Decoder
+from .drafts import DraftPackage, check_same_tokenizer
 from .errors import DeviceError, PackageError, RequestError
 from .package import Device, Package, open_package, read_manifest
+from .prefix_cache import PrefixCache
 from .prepacked import prepacked_model
-from .request import Cancellation, Generation, LogitsProcessor, Overflow, Prompt, Request
-from .row import Job, Row, as_ids, prepare
+from .request import Generation, LogitsProcessor, Prompt, Request, RequestOptions
+from .row import Defaults, Job, Row, as_ids, prepare
 from .sampling import SamplingOptions
 from .scheduler import Scheduler
 from .session import activations_here, check_needs, checked_threads
+from .speculator import Speculator
+from .stopping import StoppingOptions
 from .tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 logger = logging.getLogger(__name__)
 
@@ -36,12 +44,27 @@ of 8 rows 8.9 ms, of 16 rows 14.0 ms."""
 class TextGenerator:
     """A loaded package. Threads may share it."""
 
-    def __init__(self, package: Package, decoder: Decoder, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self,
+        package: Package,
+        decoder: Decoder,
+        tokenizer: Tokenizer,
+        *,
+        draft: DraftPackage | None = None,
+        prefix_cache: PrefixCache | None = None,
+    ) -> None:
         """Most callers want `TextGenerator.load`."""
         self.package = package
         self.decoder = decoder
         self.tokenizer = tokenizer
-        self.default_sampling = SamplingOptions.from_generation_config(package.generation_config())
+        values = package.generation_config()
+        refuse_beams(values)
+        self.default_sampling = SamplingOptions.from_generation_config(values)
+        config = package.manifest.config
+        stopping = StoppingOptions.from_generation_config(values, eos_token_id=config.eos_token_id)
+        self.defaults = Defaults(tokenizer, config, self.default_sampling, stopping)
+        self._speculator = Speculator(draft)
+        self._prefix_cache = prefix_cache
 
     @classmethod
     def load(
@@ -51,6 +74,8 @@ class TextGenerator:
         device: Device = "cpu",
         threads: int | None = None,
         prepacked_dir: str | Path | None = None,
+        draft: str | Path | None = None,
+        prefix_cache_bytes: int = 0,
     ) -> TextGenerator:
         """Check a package and open it.
 
@@ -60,7 +85,11 @@ class TextGenerator:
             threads: worker threads; None takes the processors that this process may use.
             prepacked_dir: a folder of this machine that keeps the weights as its processor multiplies them: made at
                 the first load, opened instead of the package's from then on. See `runtime.prepacked`.
+            draft: a package with the same tokenizer, small or of fewer bits, that guesses the next tokens of requests
+                that are one sample: see `runtime.speculation`.
+            prefix_cache_bytes: memory for the beginnings of prompts, which need not be run again; 0 keeps none.
         Raises:
+            RequestError: the draft has another tokenizer, or prefix_cache_bytes is out of range.
             PackageError: the folder is no package, or damaged.
             DeviceError: the device is not what would run, or lacks what the package needs.
             TokenizerError: the tokenizer cannot be read, or the tokenizers library is not installed.
@@ -68,116 +97,67 @@ class TextGenerator:
         """
         opened = open_package(package)
         tokenizer = Tokenizer.load(opened.tokenizer_path)
+        if type(prefix_cache_bytes) is not int or prefix_cache_bytes < 0:
+            raise RequestError(f"prefix_cache_bytes is {prefix_cache_bytes!r}, expected a whole number from 0 up")
+        guessing = None if draft is None else open_package(draft)
+        if guessing is not None:
+            check_same_tokenizer(guessing, opened)
         decoder = open_decoder(opened, device=device, threads=threads, prepacked_dir=prepacked_dir)
-        return cls(opened, decoder, tokenizer)
+        return cls(
+            opened,
+            decoder,
+            tokenizer,
+            draft=None if guessing is None else DraftPackage(open_decoder(guessing, device=device, threads=threads)),
+            prefix_cache=PrefixCache(decoder, max_bytes=prefix_cache_bytes) if prefix_cache_bytes else None,
+        )
 
     @property
     def config(self) -> GPT2Config:
         return self.package.manifest.config
 
-    def generate(
-        self,
-        prompt: Prompt = "",
-        *,
-        max_new_tokens: int | None = None,
-        min_new_tokens: int = 0,
-        sampling: SamplingOptions | None = None,
-        num_return_sequences: int = 1,
-        logits_processor: LogitsProcessor | None = None,
-        overflow: Overflow = "error",
-        reencode_stride: int | None = None,
-        deadline_ms: float | None = None,
-        cancel: Cancellation | None = None,
-    ) -> Generation:
-        """Continue a prompt; the arguments are those of `Request`.
+    def generate(self, prompt: Prompt = "", **options: Unpack[RequestOptions]) -> Generation:
+        """Continue a prompt.
 
+        Args:
+            prompt: text or token ids; empty for text out of nothing.
+            options: the other fields of `Request`.
         Raises:
-            RequestError: prompt and new tokens do not fit the context, or a value is out of range.
+            RequestError: prompt and new tokens do not fit the context, a value is out of range, or options exclude each
+                other.
             TokenizerError: the prompt is no text.
             MachineError: memory ran out, or the device computes nonsense.
         """
-        job = self._job(
-            Request(
-                prompt,
-                max_new_tokens=max_new_tokens,
-                min_new_tokens=min_new_tokens,
-                sampling=sampling,
-                num_return_sequences=num_return_sequences,
-                logits_processor=logits_processor,
-                overflow=overflow,
-                reencode_stride=reencode_stride,
-                deadline_ms=deadline_ms,
-                cancel=cancel,
-            )
-        )
+        request = Request(prompt, **options)
+        job = self._job(request)
+        if request.num_beams != 1:
+            return search_texts(self.decoder, job)
         for _ in self._run([job]):
             pass
-        return job.generation(self.tokenizer)
+        return job.generation()
 
-    def stream(
-        self,
-        prompt: Prompt = "",
-        *,
-        max_new_tokens: int | None = None,
-        min_new_tokens: int = 0,
-        sampling: SamplingOptions | None = None,
-        logits_processor: LogitsProcessor | None = None,
-        overflow: Overflow = "error",
-        reencode_stride: int | None = None,
-        deadline_ms: float | None = None,
-        cancel: Cancellation | None = None,
-    ) -> Iterator[str]:
+    def stream(self, prompt: Prompt = "", **options: Unpack[RequestOptions]) -> Iterator[str]:
         """Continue a prompt and yield the text as soon as it is certain; arguments and errors as `generate`.
 
-        A character whose bytes are spread over several tokens comes when its last byte has come. The request is checked
-        at the call, and runs as far as it is read.
+        A character whose bytes are spread over several tokens comes when its last byte has come, and what may be the
+        beginning of a stop string when it turns out to be none. The request is checked at the call, and runs as far as
+        it is read.
         """
-        return self._stream(
-            self._job(
-                Request(
-                    prompt,
-                    max_new_tokens=max_new_tokens,
-                    min_new_tokens=min_new_tokens,
-                    sampling=sampling,
-                    logits_processor=logits_processor,
-                    overflow=overflow,
-                    reencode_stride=reencode_stride,
-                    deadline_ms=deadline_ms,
-                    cancel=cancel,
-                )
+        request = Request(prompt, **options)
+        if request.num_return_sequences != 1:
+            raise RequestError(
+                f"num_return_sequences is {request.num_return_sequences}, but a stream is one text; ask for several "
+                "with generate"
             )
-        )
+        return self._stream(self._one_of_many(request, guesses=True))
 
-    def stream_async(
-        self,
-        prompt: Prompt = "",
-        *,
-        max_new_tokens: int | None = None,
-        min_new_tokens: int = 0,
-        sampling: SamplingOptions | None = None,
-        logits_processor: LogitsProcessor | None = None,
-        overflow: Overflow = "error",
-        reencode_stride: int | None = None,
-        deadline_ms: float | None = None,
-        cancel: Cancellation | None = None,
-    ) -> AsyncIterator[str]:
+    def stream_async(self, prompt: Prompt = "", **options: Unpack[RequestOptions]) -> AsyncIterator[str]:
         """`stream` for an event loop, which stays free: each piece is computed in a worker thread.
 
         When the reader goes away, as when its task is cancelled, what is under way ends before the next token.
         """
-        abandonment = Abandonment(cancel)
-        pieces = self.stream(
-            prompt,
-            max_new_tokens=max_new_tokens,
-            min_new_tokens=min_new_tokens,
-            sampling=sampling,
-            logits_processor=logits_processor,
-            overflow=overflow,
-            reencode_stride=reencode_stride,
-            deadline_ms=deadline_ms,
-            cancel=abandonment,
-        )
-        return read_in_threads(pieces, abandonment)
+        abandonment = Abandonment(options.get("cancel"))
+        options["cancel"] = abandonment
+        return read_in_threads(self.stream(prompt, **options), abandonment)
 
     def generate_many(
         self,
@@ -212,8 +192,8 @@ class TextGenerator:
             raise RequestError(f"batch_size is {batch_size!r}, expected a whole number above 0")
         if on_error not in get_args(OnError):
             raise RequestError(f"on_error is {on_error!r}, expected one of {', '.join(get_args(OnError))}")
-        batch = Batch(requests, prepare=self._job, tokenizer=self.tokenizer, ahead=batch_size * RESULTS_AHEAD)
-        scheduler = Scheduler(self.decoder, slots=batch_size)
+        batch = Batch(requests, prepare=self._one_of_many, ahead=batch_size * RESULTS_AHEAD)
+        scheduler = Scheduler(self.decoder, slots=batch_size, prefix_cache=self._prefix_cache)
         return batch.run(scheduler, ordered=ordered, on_error=on_error)
 
     def steps(
@@ -221,7 +201,7 @@ class TextGenerator:
         prompts: Sequence[Prompt],
         *,
         max_new_tokens: int | None = None,
-        min_new_tokens: int = 0,
+        min_new_tokens: int | None = None,
         sampling: SamplingOptions | None = None,
         logits_processor: LogitsProcessor | None = None,
     ) -> Iterator[dict[int, int]]:
@@ -233,20 +213,18 @@ class TextGenerator:
         """
         if not len(prompts):
             raise RequestError("no prompts, expected at least one")
-        jobs = [
-            self._job(
-                Request(
-                    prompt,
-                    max_new_tokens=max_new_tokens,
-                    min_new_tokens=min_new_tokens,
-                    sampling=sampling,
-                    logits_processor=logits_processor,
-                ),
-                index,
+        requests = [
+            Request(
+                prompt,
+                max_new_tokens=max_new_tokens,
+                min_new_tokens=min_new_tokens,
+                sampling=sampling,
+                logits_processor=logits_processor,
             )
-            for index, prompt in enumerate(prompts)
+            for prompt in prompts
         ]
-        return ({row.job.index: row.ids[-1] for row in changed} for changed in self._run(jobs))
+        jobs = [self._job(request, index) for index, request in enumerate(requests)]
+        return ({row.job.index: row.ids[-1] for row in changed} for changed in self._run(jobs, guesses=False))
 
     def score(self, ids: Sequence[int] | NDArray[np.int64]) -> NDArray[np.float64]:
         """How probable each token was to the model.
@@ -273,18 +251,26 @@ class TextGenerator:
         return scores
 
     def _job(self, request: Request, index: int = 0) -> Job:
-        return prepare(
-            request,
-            index=index,
-            tokenizer=self.tokenizer,
-            config=self.config,
-            default_sampling=self.default_sampling,
-        )
+        return prepare(request, self.defaults, index=index)
 
-    def _run(self, jobs: Sequence[Job]) -> Iterator[list[Row]]:
+    def _one_of_many(self, request: Request, index: int = 0, *, guesses: bool = False) -> Job:
+        """A request that does not have `generate` to itself."""
+        if request.num_beams != 1:
+            raise RequestError(f"num_beams is {request.num_beams}, but only generate searches beams; leave it out")
+        if not guesses and (request.prompt_lookup or request.exact):
+            raise RequestError("prompt_lookup and exact are for one sample at a time; ask generate or stream for it")
+        return self._job(request, index)
+
+    def _run(self, jobs: Sequence[Job], *, guesses: bool = True) -> Iterator[list[Row]]:
         """Run some requests together; a row that fails ends them all."""
         slots = sum(job.request.num_return_sequences for job in jobs)
-        scheduler = Scheduler(self.decoder, slots=slots, capacity=max(job.capacity for job in jobs))
+        scheduler = Scheduler(
+            self.decoder,
+            slots=slots,
+            capacity=max(job.capacity for job in jobs),
+            prefix_cache=self._prefix_cache,
+            speculator=self._speculator if guesses and slots == 1 else None,
+        )
         rows = chain.from_iterable(job.new_rows() for job in jobs)
         for changed in scheduler.run(lambda: next(rows, None)):
             for row in changed:
@@ -293,15 +279,13 @@ class TextGenerator:
             yield changed
 
     def _stream(self, job: Job) -> Iterator[str]:
-        decoder = self.tokenizer.stream()
-        n_read = 0
+        job.follows_text = True
         for (row,) in self._run([job]):
-            fresh = row.new_ids[n_read:]
-            n_read += len(fresh)
-            if text := "".join(map(decoder.push, fresh)):
-                yield text
-        if text := decoder.finish():
-            yield text
+            assert row.text is not None, "the job follows it"
+            if row.ended:
+                row.text.finish()
+            if fresh := row.text.read():
+                yield fresh
 
 
 def open_decoder(

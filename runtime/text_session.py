@@ -20,9 +20,10 @@ from .errors import RequestError
 from .kv_cache import Buffer
 from .prefix_cache import PrefixCache
 from .request import LogitsProcessor, Prompt, Request, Sample
-from .row import DEFAULT_NEW_TOKENS, Row, as_ids, prepare
+from .row import Row, as_ids, prepare
 from .sampling import UINT64_MASK, SamplingOptions, fresh_seed
 from .saved_session import SavedSession, read_session, write_session
+from .stopping import DEFAULT_NEW_TOKENS
 from .text_generator import TextGenerator
 
 
@@ -147,7 +148,7 @@ class TextSession:
         self,
         *,
         max_new_tokens: int | None = None,
-        min_new_tokens: int = 0,
+        min_new_tokens: int | None = None,
         logits_processor: LogitsProcessor | None = None,
     ) -> Sample:
         """Go on, and keep what was written. A session without tokens begins with the end-of-text token.
@@ -168,14 +169,14 @@ class TextSession:
         row = self._row(max_new_tokens, min_new_tokens, logits_processor)
         for _ in self._chosen(row):
             pass
-        sample = row.result(self._generator.tokenizer)
+        sample = row.result()
         return replace(sample, stats=replace(sample.stats, prompt_tokens=to_run))
 
     def stream(
         self,
         *,
         max_new_tokens: int | None = None,
-        min_new_tokens: int = 0,
+        min_new_tokens: int | None = None,
         logits_processor: LogitsProcessor | None = None,
     ) -> Iterator[str]:
         """As `generate`, but yield the text as soon as it is certain.
@@ -244,7 +245,9 @@ class TextSession:
         self._decoding = self._generator.decoder.start(batch=1, capacity=capacity)
         self._decoding.insert(0, past)
 
-    def _row(self, max_new_tokens: int | None, min_new_tokens: int, logits_processor: LogitsProcessor | None) -> Row:
+    def _row(
+        self, max_new_tokens: int | None, min_new_tokens: int | None, logits_processor: LogitsProcessor | None
+    ) -> Row:
         """Check a request; the row chooses its tokens."""
         config = self._generator.config
         room = min(self.tokens_left, config.n_ctx - 1)
@@ -261,8 +264,7 @@ class TextSession:
             sampling=self.sampling,
             logits_processor=logits_processor,
         )
-        tokenizer, default = self._generator.tokenizer, self._generator.default_sampling
-        job = prepare(request, tokenizer=tokenizer, config=config, default_sampling=default)
+        job = prepare(request, self._generator.defaults)
         if not self._ids:
             self.append(job.prompt)  # the end-of-text token
         return Row(job, self.sample)
@@ -273,7 +275,7 @@ class TextSession:
             row.advance(self._run())
             if row.error is not None:
                 raise row.error
-            if row.finish_reason != "stop":
+            if not row.ended_by_id:
                 self._ids.append(row.ids[-1])
                 self._generated.append(True)
                 yield row.ids[-1]
