@@ -40,12 +40,14 @@ class Gathering:
 
     def __init__(self, regions: Collection[Region], page_bytes: int) -> None:
         self._pieces = [piece for region in regions for piece in _pieces(region, page_bytes)]
-        self._thread = threading.Thread(target=self._run, name="huge-pages", daemon=True)
-        self._thread.start()
+        self._thread = threading.Thread(target=self._run, name="huge-pages", daemon=True) if self._pieces else None
+        if self._thread is not None:
+            self._thread.start()
 
     def wait(self) -> None:
         """Return when all that could be exchanged was."""
-        self._thread.join()
+        if self._thread is not None:
+            self._thread.join()
 
     def _run(self) -> None:
         madvise = ctypes.CDLL(None).madvise

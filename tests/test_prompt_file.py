@@ -87,7 +87,7 @@ def test_who_names_a_sampling_option_wants_to_sample() -> None:
         ('{"prompt": "a"} and more', "begins with { but is no JSON object (Extra data"),
         (
             '{"prompt": "a", "topk": 3}',
-            "unknown options topk, expected some of deadline_ms, do_sample, max",
+            "unknown options topk, expected some of bad_words_ids, deadline_ms, do_sample",
         ),
         ('{"prompt": "a", "cancel": 1, "logits_processor": 2}', "unknown options cancel, logits_processor"),
         ('{"max_new_tokens": 3}', 'has no prompt, expected "prompt" with text or a list of token ids'),
