@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,11 +13,10 @@ from .activations import WIDE, Activations
 from .config import GPT2Config
 from .errors import MachineError, RequestError
 from .kv_cache import KVCache
-from .package import ATTENTION_MASK, INPUT_IDS, LOGITS, NUM_LOGITS_TO_KEEP, POSITION_IDS, Attention, CacheType, Device
-from .session import load_onnxruntime, open_session
-
-if TYPE_CHECKING:
-    import onnxruntime
+from .package import ATTENTION_MASK, INPUT_IDS, LOGITS, NUM_LOGITS_TO_KEEP, POSITION_IDS, Attention, CacheType
+from .place import CPU, Place
+from .session import Opened, open_session
+from .wheel import load_onnxruntime
 
 CHUNK_TOKENS = 192
 """Prompts are run in pieces of this many tokens. What 900 tokens took in pieces of 64, 128, 192, 256, 512 and in one,
@@ -34,14 +33,15 @@ class Decoder:
 
     def __init__(
         self,
-        session: onnxruntime.InferenceSession,
+        opened: Opened,
         config: GPT2Config,
         attention: Attention = "GroupQueryAttention",
         kv_cache: CacheType = "float32",
         activations: Activations = WIDE,
     ) -> None:
         assert kv_cache == "float32" or attention == "GroupQueryAttention", "plain attention knows float32 only"
-        self.session = session
+        self.session = opened.session
+        self.receipt = opened.receipt
         self.config = config
         self.attention = attention
         self.kv_cache = kv_cache
@@ -55,14 +55,14 @@ class Decoder:
         *,
         attention: Attention = "GroupQueryAttention",
         kv_cache: CacheType = "float32",
-        device: Device = "cpu",
+        place: Place = CPU,
         threads: int | None = None,
         activations: Activations = WIDE,
         optimized: bool = False,
     ) -> Decoder:
         """Open a graph; arguments and errors as `session.open_session`."""
-        session = open_session(model_path, device=device, threads=threads, activations=activations, optimized=optimized)
-        return cls(session, config, attention, kv_cache, activations)
+        opened = open_session(model_path, place=place, threads=threads, activations=activations, optimized=optimized)
+        return cls(opened, config, attention, kv_cache, activations)
 
     def start(self, *, batch: int, capacity: int) -> Decoding:
         """Begin with an empty cache of `batch` rows and room for `capacity` tokens in each."""

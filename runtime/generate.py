@@ -9,11 +9,9 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
-from typing import get_args
 
-from .command_line import CommandLineParser, print_json, run_command
+from .command_line import CommandLineParser, add_device, print_json, run_command
 from .errors import RequestError, TokenizerError
-from .package import Device
 from .sampling import SamplingOptions
 from .text_generator import DEFAULT_NEW_TOKENS, Generation, TextGenerator
 
@@ -40,12 +38,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same text")
     parser.add_argument("--num-return-sequences", type=int, default=1, metavar="N", help="samples of the same prompt")
     parser.add_argument("--interactive", action="store_true", help="read prompts line by line until end of input")
-    parser.add_argument("--device", choices=get_args(Device), default="cpu")
+    add_device(parser)
     parser.add_argument("--threads", type=int, metavar="N", help="default: the processors this process may use")
     parser.add_argument(
         "--prepacked-dir", metavar="DIR", help="keep the weights there as this processor multiplies them: loads faster"
     )
-    parser.add_argument("--stats", action="store_true", help="times and seed on stderr")
+    parser.add_argument("--stats", action="store_true", help="times, seed and where it ran, on stderr")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout, nothing else")
     options = parser.parse_args(argv)
     if options.greedy and any(
@@ -99,7 +97,7 @@ def _write(generator: TextGenerator, prompt: str, sampling: SamplingOptions, opt
         num_return_sequences=options.num_return_sequences,
     )
     if options.json:
-        print_json(asdict(result))
+        print_json(asdict(result) | {"receipt": generator.decoder.receipt.to_dict()})
     else:
         for number, sample in enumerate(result.samples, start=1):
             if len(result.samples) > 1:
@@ -107,6 +105,7 @@ def _write(generator: TextGenerator, prompt: str, sampling: SamplingOptions, opt
             print(sample.text)
     if options.stats:
         _print_stats(result)
+        print(f"receipt: {generator.decoder.receipt}", file=sys.stderr)
 
 
 def _print_stats(result: Generation) -> None:
