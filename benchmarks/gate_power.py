@@ -29,7 +29,7 @@ from runtime.benchmark.workload import Workload
 from runtime.command_line import CommandLineParser, run_command, whole_number
 from runtime.errors import VerificationError
 from runtime.package import Package, open_package
-from runtime.session import available_processors
+from runtime.processor import available_processors
 
 MISSES_ALLOWED = 1 / 20
 

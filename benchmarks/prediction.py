@@ -22,7 +22,7 @@ from runtime.benchmark.workload import Workload
 from runtime.command_line import CommandLineParser, run_command, whole_number, whole_numbers
 from runtime.errors import VerificationError
 from runtime.package import open_package
-from runtime.session import available_processors
+from runtime.processor import available_processors
 
 AGREEMENT = 0.10
 

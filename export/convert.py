@@ -22,6 +22,7 @@ from runtime.activations import NARROW, NARROW_RECIPE
 from runtime.command_line import CommandLineParser, print_json, run_command
 from runtime.decoder import Decoder
 from runtime.errors import DeviceError, RequestError
+from runtime.needs import activations_here, check_needs
 from runtime.package import (
     CACHE_ITEM_BYTES,
     MANIFEST,
@@ -37,7 +38,6 @@ from runtime.package import (
     open_package,
     write_manifest,
 )
-from runtime.session import activations_here, check_needs
 from runtime.text_generator import TextGenerator
 
 from .adopt import GraphOrigin, GraphSource, check_rows, opened

@@ -31,7 +31,7 @@ from runtime.benchmark.workload import Workload
 from runtime.command_line import CommandLineParser, ProgressLine, print_json, run_command, some_of, whole_number
 from runtime.errors import RequestError, VerificationError
 from runtime.package import CacheType, Precision, open_package
-from runtime.session import available_processors
+from runtime.processor import available_processors
 from runtime.text_generator import TextGenerator
 
 from .convert import convert

@@ -23,8 +23,10 @@ from runtime.activations import NARROW
 from runtime.benchmark.machine import processor_name
 from runtime.command_line import CommandLineParser, print_json, run_command
 from runtime.errors import RequestError
+from runtime.needs import activations_here
 from runtime.package import file_entry, open_package, read_manifest
-from runtime.session import activations_here, available_processors, load_onnxruntime
+from runtime.processor import available_processors
+from runtime.wheel import load_onnxruntime
 
 from .bars import check_bars, read_bars
 from .childrens_book import score_childrens_book

@@ -11,7 +11,8 @@ import sys
 from collections.abc import Callable, Collection
 from typing import Any, NoReturn
 
-from .errors import GPT2EdgeError
+from .errors import GPT2EdgeError, RequestError
+from .place import Place
 
 USAGE = 2
 MACHINE = 1
@@ -52,6 +53,23 @@ def some_of(what: str, known: Collection[str]) -> Callable[[str], list[str]]:
         return names
 
     return parse
+
+
+def add_device(parser: argparse._ActionsContainer) -> None:
+    """--device, for whatever loads a package: a `Place`, or None for the package's own."""
+    parser.add_argument(
+        "--device",
+        type=_place,
+        metavar="cpu|cuda[:N]|tensorrt[:N]",
+        help="default: what the package was made for; cuda:1 is the second GPU",
+    )
+
+
+def _place(text: str) -> Place:
+    try:
+        return Place.parse(text)
+    except RequestError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def run_command(command: Callable[[], int]) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,12 +24,11 @@ from .package import (
     POSITION_IDS,
     Attention,
     CacheType,
-    Device,
 )
-from .session import PROVIDERS, load_onnxruntime, open_session
-
-if TYPE_CHECKING:
-    import onnxruntime
+from .place import CPU, Place
+from .provider import CPU_PROVIDER
+from .session import Opened, open_session
+from .wheel import load_onnxruntime
 
 CHUNK_TOKENS = 192
 """Prompts are run in pieces of this many tokens. What 900 tokens took in pieces of 64, 128, 192, 256, 512 and in one,
@@ -48,7 +47,7 @@ class Decoder:
 
     def __init__(
         self,
-        session: onnxruntime.InferenceSession,
+        opened: Opened,
         config: GPT2Config,
         attention: Attention = "GroupQueryAttention",
         kv_cache: CacheType = "float32",
@@ -57,7 +56,8 @@ class Decoder:
         gathering: Gathering | None = None,
     ) -> None:
         assert kv_cache == "float32" or attention == "GroupQueryAttention", "plain attention knows float32 only"
-        self.session = session
+        self.session = opened.session
+        self.receipt = opened.receipt
         self.config = config
         self.attention = attention
         self.kv_cache = kv_cache
@@ -74,15 +74,15 @@ class Decoder:
         *,
         attention: Attention = "GroupQueryAttention",
         kv_cache: CacheType = "float32",
-        device: Device = "cpu",
+        place: Place = CPU,
         threads: int | None = None,
         activations: Activations = WIDE,
         optimized: bool = False,
     ) -> Decoder:
         """Open a graph; arguments and errors as `session.open_session`."""
         before = private_regions()
-        session = open_session(model_path, device=device, threads=threads, activations=activations, optimized=optimized)
-        return cls(session, config, attention, kv_cache, activations, gathering=gather(since=before))
+        opened = open_session(model_path, place=place, threads=threads, activations=activations, optimized=optimized)
+        return cls(opened, config, attention, kv_cache, activations, gathering=gather(since=before))
 
     def settle(self) -> None:
         """Wait until the weights' memory is as it will stay, see `runtime.huge_pages`; before times are measured."""
@@ -222,9 +222,8 @@ class _Rows:
         self._lengths = cache.lengths[rows]  # [B] int64, a view
         self._buffers = list(cache.bindings(rows))
         self._binding = decoder.session.io_binding()
-        self._reads_own_memory = decoder.session.get_providers() == [
-            PROVIDERS["cpu"]
-        ]  # other devices copy what is bound
+        # other devices copy what is bound
+        self._reads_own_memory = decoder.session.get_providers() == [CPU_PROVIDER]
         self._alive: dict[str, NDArray[Any]] = {}  # onnxruntime uses the arrays' own memory: they must outlive the run
         self._last = last  # [B, 1, V]: where the logits go if only the last are kept
         self._logits = np.empty((0, 0, 0), np.float32)

@@ -101,7 +101,7 @@ def _write(generator: TextGenerator, prompt: str, asked: RequestOptions, options
         return
     result = generator.generate(prompt, **asked)
     if options.json:
-        print_json(_as_json(result))
+        print_json(_as_json(result) | {"receipt": generator.decoder.receipt.to_dict()})
     else:
         for number, sample in enumerate(result.samples, start=1):
             if len(result.samples) > 1:
@@ -109,6 +109,7 @@ def _write(generator: TextGenerator, prompt: str, asked: RequestOptions, options
             print(sample.text)
     if options.stats:
         _print_stats(result)
+        print(f"receipt: {generator.decoder.receipt}", file=sys.stderr)
 
 
 def _print_stats(result: Generation) -> None:

@@ -6,8 +6,7 @@ import argparse
 from collections.abc import Mapping, Sequence
 from typing import Any, cast, get_args
 
-from .command_line import CommandLineParser
-from .package import Device
+from .command_line import CommandLineParser, add_device
 from .prompt_file import with_options
 from .request import Overflow, RequestOptions
 from .sampling import SamplingOptions
@@ -42,7 +41,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     _add_guesses(parser.add_argument_group("guessed tokens", "several are checked in one run: see runtime.speculation"))
     _add_machine(parser.add_argument_group("machine"))
     parser.add_argument("--interactive", action="store_true", help="read prompts line by line until end of input")
-    parser.add_argument("--stats", action="store_true", help="times and seed on stderr")
+    parser.add_argument("--stats", action="store_true", help="times, seed and where it ran, on stderr")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout, nothing else")
     options = parser.parse_args(argv)
     _refuse_combinations(parser, options)
@@ -127,7 +126,7 @@ def _add_guesses(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_machine(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--device", choices=get_args(Device), default="cpu")
+    add_device(group)
     group.add_argument("--threads", type=int, metavar="N", help="default: the processors this process may use")
     group.add_argument(
         "--prepacked-dir", metavar="DIR", help="keep the weights there as this processor multiplies them: loads faster"

@@ -11,15 +11,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from typing import Any
 
 from .command_line import CommandLineParser, print_json, run_command
 from .config import GPT2Config
 from .errors import PackageError
+from .needs import activations_here, unmet_needs
 from .package import FORMAT_VERSION, WEIGHTS_SUFFIX, Manifest, open_package, read_manifest
-from .session import activations_here, processor_features, unmet_needs
+from .processor import processor_features
+from .wheel import installed_wheels
 
 
 def show_package(folder: Path, *, as_json: bool) -> int:
@@ -60,7 +61,7 @@ def print_report(report: Mapping[str, Any], *, as_json: bool) -> None:
 
 def _describe(manifest: Manifest) -> dict[str, Any]:
     sizes = {name: entry.bytes for name, entry in manifest.files.items()}
-    needs, features, onnxruntime = manifest.needs, processor_features(), _installed_onnxruntime()
+    needs, features, onnxruntime = manifest.needs, processor_features(), next(iter(installed_wheels().values()), None)
     return {
         "name": manifest.source.name,
         "precision": manifest.precision,
@@ -84,12 +85,6 @@ def _describe(manifest: Manifest) -> dict[str, Any]:
         "tools": manifest.tools,
         "golden_prompts": len(manifest.golden),
     }
-
-
-def _installed_onnxruntime() -> str | None:
-    """Its version, whichever distribution brought it (onnxruntime-gpu is one); None where none says so."""
-    names = packages_distributions().get("onnxruntime")
-    return version(names[0]) if names else None
 
 
 def _in_words(value: Any) -> str:

@@ -24,7 +24,9 @@ from pathlib import Path
 
 from .errors import MachineError, PackageError
 from .package import Package, read_manifest
-from .session import load_onnxruntime, open_session, processor_features, save_optimized
+from .processor import processor_features
+from .session import open_session, save_optimized
+from .wheel import load_onnxruntime
 
 MODEL = "model.onnx"
 SIZES = "sizes.json"

@@ -19,14 +19,17 @@ from .config import GPT2Config
 from .decoder import Decoder
 from .drafts import DraftPackage, check_same_tokenizer
 from .errors import DeviceError, PackageError, RequestError
-from .package import Device, Package, open_package, read_manifest
+from .needs import activations_here, check_memory, check_needs
+from .package import MODEL_FILES, WEIGHTS_SUFFIX, Package, open_package, read_manifest
+from .place import Place
 from .prefix_cache import PrefixCache
 from .prepacked import prepacked_model
+from .provider import why_not
 from .request import Generation, LogitsProcessor, Prompt, Request, RequestOptions
 from .row import Defaults, Job, Row, as_ids, prepare
 from .sampling import SamplingOptions
 from .scheduler import Scheduler
-from .session import activations_here, check_needs, checked_threads
+from .session import checked_threads
 from .speculator import Speculator
 from .stopping import StoppingOptions
 from .tokenizer import Tokenizer
@@ -71,7 +74,7 @@ class TextGenerator:
         cls,
         package: str | Path,
         *,
-        device: Device = "cpu",
+        device: Place | str | None = None,
         threads: int | None = None,
         prepacked_dir: str | Path | None = None,
         draft: str | Path | None = None,
@@ -81,7 +84,8 @@ class TextGenerator:
 
         Args:
             package: the folder.
-            device: where to run; another device than the package was made for is refused.
+            device: where to run, as "cuda:1"; None takes the first of the kind that the package was made for. Another
+                kind is refused.
             threads: worker threads; None takes the processors that this process may use.
             prepacked_dir: a folder of this machine that keeps the weights as its processor multiplies them: made at
                 the first load, opened instead of the package's from then on. See `runtime.prepacked`.
@@ -93,7 +97,8 @@ class TextGenerator:
             PackageError: the folder is no package, or damaged.
             DeviceError: the device is not what would run, or lacks what the package needs.
             TokenizerError: the tokenizer cannot be read, or the tokenizers library is not installed.
-            MachineError: memory ran out, or prepacked_dir cannot be written.
+            RequestError: device is no device, threads are out of range, or prepacked_dir goes with a GPU.
+            MachineError: memory ran out or would, or prepacked_dir cannot be written.
         """
         opened = open_package(package)
         tokenizer = Tokenizer.load(opened.tokenizer_path)
@@ -291,13 +296,15 @@ class TextGenerator:
 def open_decoder(
     package: Package,
     *,
-    device: Device = "cpu",
+    device: Place | str | None = None,
     threads: int | None = None,
     prepacked_dir: str | Path | None = None,
 ) -> Decoder:
     """Open a package's graph on the device that was asked for; arguments and errors as `TextGenerator.load`."""
-    check_runs_here(package, device=device)
+    place = check_runs_here(package, Place.parse(device) if isinstance(device, str) else device)
     checked_threads(threads)  # before prepacked weights are made
+    if prepacked_dir is not None and place.device != "cpu":
+        raise RequestError(f"weights are prepacked for a processor, and {place} is none; leave prepacked_dir out")
     manifest = package.manifest
     activations = activations_here(manifest.needs)
     if activations == NARROW:
@@ -311,7 +318,7 @@ def open_decoder(
         manifest.config,
         attention=manifest.attention,
         kv_cache=manifest.kv_cache,
-        device=device,
+        place=place,
         threads=threads,
         activations=activations,
         optimized=prepacked_dir is not None,
@@ -321,16 +328,28 @@ def open_decoder(
     return decoder
 
 
-def check_runs_here(package: Package, *, device: Device) -> None:
+def check_runs_here(package: Package, place: Place | None = None) -> Place:
     """Refuse a package that was made for another device, or that needs what this machine lacks.
 
+    Args:
+        package: what would run.
+        place: where; None takes the first device of the kind that it was made for.
+    Returns:
+        The place.
     Raises:
         DeviceError: with what to do instead.
+        MachineError: its weights are larger than the memory that this process may take.
     """
-    made_for = package.manifest.device
-    if device != made_for:
+    manifest = package.manifest
+    place = place or Place(manifest.device)
+    if place.device != manifest.device:
+        fault = why_not(place)
         raise DeviceError(
-            f"{package.folder} was made for {made_for}, asked for {device}; load it with device {made_for}, or convert "
-            f"the checkpoint for {device}"
+            f"{package.folder} was made for {manifest.device}, asked for {place}; load it with device "
+            f"{manifest.device}, or convert the checkpoint for {place.device}"
+            + (f", which cannot run here: {fault}" if fault else "")
         )
-    check_needs(package.manifest.needs, device=device)
+    check_needs(manifest.needs, device=place.device)
+    if place.device == "cpu":
+        check_memory(manifest.files[MODEL_FILES[manifest.precision] + WEIGHTS_SUFFIX].bytes)
+    return place

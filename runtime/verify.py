@@ -13,16 +13,17 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .activations import NARROW, NARROW_RECIPE
-from .command_line import CommandLineParser, print_json, run_command
+from .command_line import CommandLineParser, add_device, print_json, run_command
 from .decoder import Decoder
 from .errors import PackageError, VerificationError
-from .package import Device, GoldenPrompt, open_package
+from .package import GoldenPrompt, open_package
+from .receipt import Receipt
 from .text_generator import open_decoder
 
 PIECE_TOKENS = 8
@@ -110,7 +111,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         description="Check a package's files and replay its golden prompts here; exit status 3 if one fails.",
     )
     parser.add_argument("package", help="folder that export.convert wrote")
-    parser.add_argument("--device", choices=get_args(Device), default="cpu")
+    add_device(parser)
     parser.add_argument("--threads", type=int, metavar="N", help="default: the processors this process may use")
     parser.add_argument("--full", action="store_true", help="check the sha256 of the weights too")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout, nothing else")
@@ -124,8 +125,8 @@ def _verify(options: argparse.Namespace) -> int:
     decoder = open_decoder(package, device=options.device, threads=options.threads)
     other_activations = (decoder.activations == NARROW) != (NARROW_RECIPE in package.manifest.recipe)
     results = [replay(decoder, golden, other_activations=other_activations) for golden in package.manifest.golden]
-    report: Callable[[Sequence[GoldenResult]], None] = _print_json if options.json else _print_table
-    report(results)
+    report: Callable[[Sequence[GoldenResult], Receipt], None] = _print_json if options.json else _print_table
+    report(results, decoder.receipt)
     failed = [str(number) for number, result in enumerate(results, start=1) if not result.held]
     if failed:
         raise VerificationError(
@@ -136,10 +137,11 @@ def _verify(options: argparse.Namespace) -> int:
     return 0
 
 
-def _print_json(results: Sequence[GoldenResult]) -> None:
+def _print_json(results: Sequence[GoldenResult], receipt: Receipt) -> None:
     print_json(
         {
             "held": all(result.held for result in results),
+            "receipt": receipt.to_dict(),
             "golden": [{"held": result.held, **_json_values(result)} for result in results],
         }
     )
@@ -152,7 +154,7 @@ def _json_values(result: GoldenResult) -> dict[str, Any]:
     return {**asdict(result), "largest_difference": finite}
 
 
-def _print_table(results: Sequence[GoldenResult]) -> None:
+def _print_table(results: Sequence[GoldenResult], receipt: Receipt) -> None:
     for number, result in enumerate(results, start=1):
         ways = ", ".join(f"{way} {difference:.2g}" for way, difference in result.largest_difference.items())
         print(
@@ -160,6 +162,7 @@ def _print_table(results: Sequence[GoldenResult]) -> None:
             f"(tolerance {result.tolerance:.2g}); greedy ids "
             f"{'equal' if result.greedy_ids == result.expected_greedy_ids else 'differ'} ({len(result.greedy_ids)})"
         )
+    print(f"receipt: {receipt}")
 
 
 if __name__ == "__main__":

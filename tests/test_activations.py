@@ -15,12 +15,12 @@ import pytest
 from numpy.typing import NDArray
 
 from quantization.divergence import kl_divergence
-from runtime import session
+from runtime import needs
 from runtime.activations import NARROW, WIDE, Activations
 from runtime.decoder import Decoder
 from runtime.errors import DeviceError
+from runtime.needs import activations_here, check_needs
 from runtime.package import Needs, open_package, read_manifest
-from runtime.session import activations_here, check_needs
 from runtime.text_generator import TextGenerator, open_decoder
 from runtime.verify import main as verify
 from runtime.verify import replay
@@ -78,7 +78,7 @@ def test_seven_bits_lose_little_more_than_eight(demo_fp32: Path, demo_int8: Path
 
 
 def test_seven_bits_are_taken_where_the_processor_asks_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session, "processor_features", lambda: frozenset({"avx2"}))
+    monkeypatch.setattr(needs, "processor_features", lambda: frozenset({"avx2"}))
     assert activations_here(NEEDS) == NARROW
     check_needs(NEEDS, device="cpu")
     assert activations_here(replace(NEEDS, processor=("made_up", "avx2"))) == WIDE
@@ -91,7 +91,7 @@ def test_seven_bits_are_taken_where_the_processor_asks_for_them(monkeypatch: pyt
 def test_where_the_system_does_not_tell_x86_takes_what_is_safe(
     machine: str, expected: Activations, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(session, "processor_features", lambda: None)
+    monkeypatch.setattr(needs, "processor_features", lambda: None)
     monkeypatch.setattr(platform, "machine", lambda: machine)
     assert activations_here(NEEDS) == expected
     assert activations_here(replace(NEEDS, narrows=False)) == WIDE
@@ -102,7 +102,7 @@ def test_a_package_runs_with_seven_bits_on_such_a_processor_and_says_so(
 ) -> None:
     assert read_manifest(demo_int8).needs.narrows
     expected = logits(demo_int8, NARROW)[len(IDS) - 1]
-    monkeypatch.setattr(session, "processor_features", lambda: frozenset({"avx2"}))
+    monkeypatch.setattr(needs, "processor_features", lambda: frozenset({"avx2"}))
     for prepacked_dir in (None, tmp_path, tmp_path):
         decoder = TextGenerator.load(demo_int8, threads=1, prepacked_dir=prepacked_dir).decoder
         assert np.array_equal(decoder.start(batch=1, capacity=len(IDS)).prefill(0, IDS), expected)
@@ -115,7 +115,7 @@ def test_golden_prompts_hold_on_either_side(demo_int8: Path, tmp_path: Path, mon
     """Of a package that was converted with one kind of activations, where the other kind is taken."""
     assert verify([str(demo_int8)]) == 0
     with monkeypatch.context() as elsewhere:
-        elsewhere.setattr(session, "processor_features", lambda: frozenset({"avx2"}))
+        elsewhere.setattr(needs, "processor_features", lambda: frozenset({"avx2"}))
         assert verify([str(demo_int8)]) == 0
         narrow = converted(DEMO_CHECKPOINT, tmp_path, "int8")
         assert verify([str(narrow)]) == 0
@@ -125,7 +125,7 @@ def test_golden_prompts_hold_on_either_side(demo_int8: Path, tmp_path: Path, mon
 
 
 def test_golden_prompts_of_another_model_hold_on_neither_side(demo_int8: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session, "processor_features", lambda: frozenset({"avx2"}))
+    monkeypatch.setattr(needs, "processor_features", lambda: frozenset({"avx2"}))
     decoder = open_decoder(open_package(demo_int8))
     golden = read_manifest(demo_int8).golden[1]
     shifted = replace(golden, package_logits=tuple(logit + 4.0 for logit in golden.oracle_logits))

@@ -19,8 +19,17 @@ from runtime.benchmark.report import Row, csv_text, markdown, row_of, table
 from runtime.benchmark.timing import RunTimes
 from runtime.benchmark.workload import Workload
 from runtime.package import Manifest, read_manifest
+from runtime.receipt import Receipt
 
 RUNS = 24
+
+RECEIPT = Receipt(
+    asked_for="cpu",
+    providers=("CPUExecutionProvider",),
+    nodes={"CPUExecutionProvider": 121},
+    copies=0,
+    versions={"onnxruntime": "1.32.0"},
+)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +58,7 @@ def make_row(manifest: Manifest) -> MakeRow:
             name=name,
             manifest=manifest,
             threads=2,
-            loaded=Loaded(900, ("CPUExecutionProvider",), "1.32.0"),
+            loaded=Loaded(900, RECEIPT),
             loads=Loads((50.0, 60.0, 70.0), None, 0.5),
             memory_gb_per_s=memory,
         )
@@ -103,10 +112,10 @@ def test_every_form_of_a_report_has_every_row(make_row: MakeRow) -> None:
     rows = [make_row("one"), make_row("two", gaps=())]
     noise = dict.fromkeys(("load_average_before", "load_average_after", "others_share", "stolen_share"), 0.5)
     whole = receipt() | {
-        "providers": ["CPUExecutionProvider"],
+        "sessions": {"one": RECEIPT.to_dict()},
         "prepacked": False,
         "narrow_activations": False,
-        "versions": {"onnxruntime": "1.32.0", "python": "3.11.7"},
+        "versions": {"python": "3.11.7"},
         "noise": noise,
         "runs": 24,
         "loads": 8,

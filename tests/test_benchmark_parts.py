@@ -26,6 +26,7 @@ from runtime.benchmark.probes import multiply_gflops, read_gb_per_s
 from runtime.benchmark.timing import DEFINITIONS, RunTimes, time_run
 from runtime.benchmark.workload import Workload, random_text
 from runtime.package import open_package
+from runtime.place import Place
 from runtime.tokenizer import Tokenizer
 
 MIB = 1 << 20
@@ -110,7 +111,7 @@ def test_every_figure_of_a_run_is_defined() -> None:
 def test_an_engine_runs_a_workload_in_a_process_of_its_own(demo_int8: Path) -> None:
     with Engine(Placement(package=open_package(demo_int8), threads=2)) as engine:
         run = engine.run(Workload(prompt_tokens=9, new_tokens=3, batch=2), 0)
-        assert engine.loaded.providers == ("CPUExecutionProvider",)
+        assert engine.loaded.receipt.providers == ("CPUExecutionProvider",)
     assert run.times.prompt_tokens == (9, 9)
     assert run.peak_rss_bytes is not None
     assert run.peak_rss_bytes > 7 * MIB
@@ -126,7 +127,7 @@ def test_an_engines_error_is_raised_here(demo_int8: Path) -> None:
 
 def test_a_package_that_does_not_load_says_so_here(demo_int8: Path) -> None:
     with pytest.raises(GPT2EdgeError, match="was made for cpu, asked for cuda"):
-        Engine(Placement(package=open_package(demo_int8), device="cuda", threads=1))
+        Engine(Placement(package=open_package(demo_int8), place=Place("cuda"), threads=1))
 
 
 def test_a_killed_engine_is_the_machines_failure(demo_int8: Path) -> None:

@@ -139,7 +139,7 @@ def test_json_is_one_object_with_the_samples(demo_int8: Path, capsys: pytest.Cap
     options = ["--num-return-sequences", "2", "--seed", "5", "--max-new-tokens", "6", "--json"]
     assert main([str(demo_int8), "“Yes,”", *options]) == 0
     result = json.loads(capsys.readouterr().out)
-    assert set(result) == {"prompt_ids", "seed", "samples", "truncated"}
+    assert set(result) == {"prompt_ids", "seed", "samples", "truncated", "receipt"}
     assert result["seed"] == 5
     assert len(result["samples"]) == 2
     for sample in result["samples"]:
@@ -168,6 +168,7 @@ def test_statistics_go_to_stderr(demo_int8: Path, generator: TextGenerator, caps
     assert printed.out == expected(generator, PROMPT, 10, seed=4) + "\n"
     assert "prompt tokens, first token" in printed.err
     assert "seed 4" in printed.err
+    assert "receipt: asked for cpu; nodes: " in printed.err
 
 
 def test_several_samples_are_told_apart(demo_int8: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -303,7 +304,7 @@ def test_a_value_out_of_range_is_one_line_and_status_2(
         (["a prompt", "--prompts", "file"], "--prompts takes no PROMPT, --interactive, --json or --stats"),
         (["--prompts", "file", "--stats"], "--prompts takes no PROMPT, --interactive, --json or --stats"),
         (["--max-new-tokens", "many"], "invalid int value: 'many'"),
-        (["--device", "tpu"], "invalid choice: 'tpu'"),
+        (["--device", "tpu"], "device 'tpu', expected cpu, cuda, tensorrt"),
     ],
 )
 def test_options_that_contradict_are_refused_before_anything_is_loaded(

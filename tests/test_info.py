@@ -16,7 +16,7 @@ import pytest
 import export.info
 import runtime.info
 from export.package_size import conversion_peak_bytes, package_bytes, weights_bytes
-from runtime import session
+from runtime import needs as needs_module
 from runtime.config import OFFICIAL_SIZES
 from runtime.package import (
     FORMAT_VERSION,
@@ -29,6 +29,7 @@ from runtime.package import (
     read_manifest,
     write_manifest,
 )
+from runtime.wheel import load_onnxruntime
 
 from .conftest import DEMO_CHECKPOINT, bytes_checkpoint, converted
 from .test_isolation import WORKSHOP, run_without
@@ -103,14 +104,14 @@ def test_this_machine_is_told_beside_the_needs(demo_int8: Path, capsys: Capture)
     runtime.info.main([str(demo_int8), "--json"])
     report = told(capsys)
     assert report["needs"]["onnxruntime"] == read_manifest(demo_int8).needs.onnxruntime
-    assert report["machine"]["onnxruntime"] == session.load_onnxruntime().__version__
+    assert report["machine"]["onnxruntime"] == load_onnxruntime().__version__
     assert report["unmet_needs"] == []
 
 
 def test_needs_that_are_not_met_are_all_told_and_not_refused(
     tiny_int8: Path, copied: Copy, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(session, "processor_features", lambda: frozenset({"sse2"}))
+    monkeypatch.setattr(needs_module, "processor_features", lambda: frozenset({"sse2"}))
     package = altered_needs(copied(tiny_int8), Needs(onnxruntime="99.0.1", processor=("made_up",)))
     assert runtime.info.main([str(package), "--json"]) == 0
     old, lacking = told(capsys)["unmet_needs"]
@@ -119,9 +120,9 @@ def test_needs_that_are_not_met_are_all_told_and_not_refused(
 
 
 def test_what_cannot_be_told_is_unknown(tiny_int8: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runtime.info, "packages_distributions", dict)
+    monkeypatch.setattr(runtime.info, "installed_wheels", dict)
     monkeypatch.setattr(runtime.info, "processor_features", lambda: None)
-    monkeypatch.setattr(session, "processor_features", lambda: None)
+    monkeypatch.setattr(needs_module, "processor_features", lambda: None)
     assert runtime.info.main([str(tiny_int8)]) == 0
     out = " ".join(capsys.readouterr().out.split())
     assert "machine onnxruntime unknown, processor_with unknown, activation_bits 7 unmet needs none" in out

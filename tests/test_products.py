@@ -47,7 +47,7 @@ def run_graph(folder: Path, build: Callable[[GraphBuilder], None]) -> Run:
         build(builder)
     model = builder.model(name="product", opset=OPSET, ir_version=IR_VERSION, producer="test")
     (folder / "model.onnx").write_bytes(model.SerializeToString())
-    session = open_session(folder / "model.onnx")
+    session = open_session(folder / "model.onnx").session
 
     def run(x: NDArray[np.generic]) -> NDArray[np.float32]:
         result: NDArray[np.float32] = session.run(["y"], {"x": x})[0]

@@ -42,7 +42,9 @@ def test_a_package_holds_where_it_was_made(
 ) -> None:
     assert main([str(request.getfixturevalue(name)), "--full"]) == 0
     printed = capsys.readouterr()
-    assert printed.out.count("held") == len(printed.out.splitlines()) == 3
+    *golden, receipt = printed.out.splitlines()
+    assert printed.out.count("held") == len(golden) == 3
+    assert receipt.startswith("receipt: asked for cpu; nodes: ")
     assert printed.err == ""
 
 
@@ -79,7 +81,7 @@ def test_run_as_a_module_it_warns_of_nothing(tiny_fp32: Path) -> None:
 def test_json_is_one_object_with_every_prompt(tiny_fp32: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tiny_fp32), "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
-    assert set(result) == {"held", "golden"}
+    assert set(result) == {"held", "receipt", "golden"}
     for golden in result["golden"]:
         assert golden["held"] is True
         assert set(golden["largest_difference"]) == {"token by token", "one run", "pieces"}
@@ -93,7 +95,8 @@ def test_other_golden_logits_end_with_status_3(package: Path, capsys: pytest.Cap
     write_manifest(package, replace(manifest, golden=(first, moved, third)))
     assert main([str(package)]) == 3
     printed = capsys.readouterr()
-    assert ["held" in line for line in printed.out.splitlines()] == [True, False, True]
+    *golden, _receipt = printed.out.splitlines()
+    assert ["held" in line for line in golden] == [True, False, True]
     assert "golden prompt 2 of 3 gave other numbers here than where the package was converted" in printed.err
     assert printed.err.count("\n") == 1
 

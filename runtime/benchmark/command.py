@@ -8,12 +8,21 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from ..command_line import CommandLineParser, ProgressLine, print_json, run_command, whole_number, whole_numbers
+from ..command_line import (
+    CommandLineParser,
+    ProgressLine,
+    add_device,
+    print_json,
+    run_command,
+    whole_number,
+    whole_numbers,
+)
 from ..errors import PackageError, RequestError, VerificationError
-from ..package import MANIFEST, Device, Package, open_package
-from ..session import available_processors, checked_threads
+from ..package import MANIFEST, Package, open_package
+from ..processor import available_processors
+from ..session import checked_threads
 from ..text_generator import check_runs_here
 from .comparison import (
     FEWEST_ROUNDS,
@@ -63,7 +72,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--new-tokens", type=whole_numbers, default=[32], metavar="N,..", help="tokens to write; default 32")
     add("--batch", type=whole_numbers, default=[1], metavar="N,..", help="prompts that run together; default 1")
     add("--threads", type=whole_numbers, metavar="N,..", help="default: the processors this process may use")
-    add("--device", choices=get_args(Device), default="cpu")
+    add_device(parser)
     add(
         "--runs",
         type=whole_number(1),
@@ -195,7 +204,7 @@ def _plan(options: argparse.Namespace) -> _Plan:
     workloads = _workloads(options)
     baseline = _baseline_package(options.baseline)
     names = _names(packages)
-    place = partial(Placement, device=options.device, prepacked_dir=options.prepacked_dir)
+    place = partial(Placement, place=options.device, prepacked_dir=options.prepacked_dir)
     contenders = [
         Contender(name, place(package=package, threads=count))
         for name, package in zip(names, packages, strict=True)
@@ -210,7 +219,7 @@ def _plan(options: argparse.Namespace) -> _Plan:
     if options.baseline and runs < FEWEST_ROUNDS:
         raise RequestError(f"--runs {runs}: a comparison needs at least {FEWEST_ROUNDS}")
     for contender in contenders + baselines:
-        check_runs_here(contender.placement.package, device=options.device)
+        check_runs_here(contender.placement.package, options.device)
         _refuse_beyond_context(contender, workloads, options.predict)
     _refuse_limits_without_figures(limits, options)
     report = read_report(options.baseline) if options.baseline and not baseline else None

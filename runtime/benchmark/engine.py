@@ -14,10 +14,11 @@ from types import TracebackType
 from typing import Any, Generic, TypeVar
 
 from ..errors import GPT2EdgeError, MachineError
-from ..package import Device, Package
+from ..package import Package
+from ..place import Place
 from ..prepacked import prepacked_model
+from ..receipt import Receipt
 from ..request import LogitsProcessor
-from ..session import load_onnxruntime
 from ..text_generator import TextGenerator
 from .machine import peak_rss_bytes, reset_peak_rss
 from .page_cache import drop_from_page_cache, resident_share
@@ -35,14 +36,14 @@ class Placement:
     """What runs where; `logits_processor` must be picklable, since it goes to another process."""
 
     package: Package
-    device: Device = "cpu"
+    place: Place | None = None  # the package's own
     threads: int
     logits_processor: LogitsProcessor | None = None
     prepacked_dir: Path | None = None
 
     def load(self) -> TextGenerator:
         return TextGenerator.load(
-            self.package.folder, device=self.device, threads=self.threads, prepacked_dir=self.prepacked_dir
+            self.package.folder, device=self.place, threads=self.threads, prepacked_dir=self.prepacked_dir
         )
 
     def files(self) -> list[Path]:
@@ -56,8 +57,7 @@ class Loaded:
     """What an engine says once it is open."""
 
     load_peak_rss_bytes: int | None
-    providers: tuple[str, ...]  # that onnxruntime says it runs on
-    onnxruntime: str
+    receipt: Receipt
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,8 +170,7 @@ def _report_errors(target: Any, pipe: Connection, *arguments: Any) -> None:
 def _serve(pipe: Connection, placement: Placement) -> None:
     generator = placement.load()
     generator.decoder.settle()
-    session = generator.decoder.session
-    pipe.send(Loaded(peak_rss_bytes(), tuple(session.get_providers()), load_onnxruntime().__version__))
+    pipe.send(Loaded(peak_rss_bytes(), generator.decoder.receipt))
     while True:
         workload, number = pipe.recv()
         texts = workload.texts(generator.tokenizer, number)

@@ -8,7 +8,8 @@ import platform
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..session import available_processors, processor_features
+from ..control_group import memory_limit_bytes
+from ..processor import available_processors, processor_features
 
 GIB = 1 << 30
 TICKS_PER_S = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
@@ -84,8 +85,9 @@ def total_memory_bytes() -> int | None:
 
 
 def available_memory_bytes() -> int | None:
-    """What programs can still take without swapping, by the kernel's estimate."""
-    return _kib(Path("/proc/meminfo"), "MemAvailable")
+    """What programs can still take without swapping, by the kernel's estimate, cut to the control group's limit."""
+    known = [size for size in (_kib(Path("/proc/meminfo"), "MemAvailable"), memory_limit_bytes()) if size is not None]
+    return min(known, default=None)
 
 
 def peak_rss_bytes() -> int | None:

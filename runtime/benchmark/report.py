@@ -189,10 +189,15 @@ def receipt_line(receipt: dict[str, Any]) -> str:
         if noise[name] is not None
     ]
     circumstances = {"prepacked": "prepacked weights", "narrow_activations": "7-bit activations"}
-    runs_on = [*receipt["providers"], *(words for name, words in circumstances.items() if receipt[name])]
+    sessions = receipt["sessions"].values()
+    runs_on = [
+        *dict.fromkeys(provider for session in sessions for provider in session["providers"]),
+        *(words for name, words in circumstances.items() if receipt[name]),
+        *dict.fromkeys(f"onnxruntime {session['versions']['onnxruntime']}" for session in sessions),
+    ]
     return (
         f"{receipt['date']}, {machine['processor']}, {machine['processors']} processors, "
-        f"{', '.join(runs_on)}, onnxruntime {versions['onnxruntime']}, python {versions['python']}, "
+        f"{', '.join(runs_on)}, python {versions['python']}, "
         f"{receipt['runs']} runs over {receipt['loads']} loads, {receipt['warmup']} discarded behind each, load "
         f"average {noise['load_average_before']:.2f} to {noise['load_average_after']:.2f}"
         + "".join(f", {share}" for share in shares)

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..activations import NARROW
 from ..errors import RequestError
-from ..session import activations_here
+from ..needs import activations_here
 from .engine import Engine, EngineRun, Loads, Placement, time_loads
 from .limits import StepModel
 from .machine import Machine, Noise, NoiseMeter, available_memory_bytes
@@ -122,15 +122,15 @@ def measure(
     ]
     receipt = {
         "date": started.isoformat(timespec="seconds"),
-        "device": contenders[0].placement.device,
+        "sessions": {
+            contender.name: each.receipt.to_dict() for contender, each in zip(contenders, loaded, strict=True)
+        },
         "narrow_activations": any(
             activations_here(each.placement.package.manifest.needs) == NARROW for each in contenders
         ),
         "prepacked": contenders[0].placement.prepacked_dir is not None,
-        "providers": sorted({provider for each in loaded for provider in each.providers}),
         "machine": asdict(Machine.here()),
         "versions": {
-            "onnxruntime": loaded[0].onnxruntime,
             "python": platform.python_version(),
             "numpy": np.__version__,
         },
