@@ -73,11 +73,19 @@ class BlockTable:
     embedding has to multiply by it.
     """
 
-    def __init__(self, graph: GraphBuilder, name: str, table: TokenTable) -> None:
+    def __init__(
+        self,
+        graph: GraphBuilder,
+        name: str,
+        table: TokenTable,
+        *,
+        scale_dtype: type[np.float32] | type[np.float16] = np.float32,
+    ) -> None:
+        """`scale_dtype` is that of the rows and of what they are multiplied by, too."""
         self._name = name
         self._blocks = table.blocks
         self._values = graph.weight(name, table.blocks.values)  # [V, blocks, bytes] uint8
-        self._scale = graph.weight(f"{name}.scale", table.blocks.scale)  # [V, blocks] float32
+        self._scale = graph.weight(f"{name}.scale", table.blocks.scale.astype(scale_dtype))  # [V, blocks]
         self._column_scale = (
             None if table.column_scale is None else graph.weight(f"{name}.column_scale", table.column_scale)
         )
@@ -88,7 +96,7 @@ class BlockTable:
         blocks = graph.node(
             "GatherBlockQuantized",
             [self._values, ids, scale],
-            f"{self._name}/blocks",  # [B, S, blocks, size] float32
+            f"{self._name}/blocks",  # [B, S, blocks, size]
             domain=MICROSOFT,
             bits=self._blocks.bits,
             block_size=size,
@@ -104,7 +112,7 @@ class BlockTable:
         return graph.node("Mul", [rows, self._column_scale], f"{self._name}/embedded")
 
     def logits(self, graph: GraphBuilder, x: str, output: str) -> str:
-        return _block_product(graph, x, self._blocks, [self._values, self._scale], output)
+        return block_product(graph, x, self._blocks, [self._values, self._scale], output)
 
 
 class QuantizedProducts:
@@ -137,10 +145,7 @@ PRODUCTS: Mapping[Precision, Products] = {
 
 def _split_product(graph: GraphBuilder, name: str, x: str, weight: SplitMatrix) -> str:
     """The last inputs by their own rows in float32, and so out of the others' scale."""
-    border = graph.constant([-len(weight.kept)], np.int64)
-    first, end, last_axis = (graph.constant([value], np.int64) for value in (0, np.iinfo(np.int64).max, -1))
-    common = graph.node("Slice", [x, first, border, last_axis], f"{name}/common_inputs")
-    outliers = graph.node("Slice", [x, border, end, last_axis], f"{name}/outliers")
+    common, outliers = split_inputs(graph, name, x, len(weight.kept))
     kept = graph.weight(f"{name}.kept", weight.kept)
     products = [
         _quantized_product(graph, name, common, weight.quantized),
@@ -149,14 +154,23 @@ def _split_product(graph: GraphBuilder, name: str, x: str, weight: SplitMatrix) 
     return graph.node("Add", products, f"{name}/whole_product")
 
 
+def split_inputs(graph: GraphBuilder, name: str, x: str, n_outliers: int) -> tuple[str, str]:
+    """All inputs but the last, and the last `n_outliers`."""
+    border = graph.constant([-n_outliers], np.int64)
+    first, end, last_axis = (graph.constant([value], np.int64) for value in (0, np.iinfo(np.int64).max, -1))
+    common = graph.node("Slice", [x, first, border, last_axis], f"{name}/common_inputs")
+    outliers = graph.node("Slice", [x, border, end, last_axis], f"{name}/outliers")
+    return common, outliers
+
+
 def _quantized_product(graph: GraphBuilder, name: str, x: str, weight: Int8Columns | Blocks) -> str:
     if isinstance(weight, Int8Columns):
         return _int8_product(graph, name, x, weight)
     stored = [graph.weight(name, weight.values), graph.weight(f"{name}.scale", weight.scale)]
-    return _block_product(graph, x, weight, stored, f"{name}/product")
+    return block_product(graph, x, weight, stored, f"{name}/product")
 
 
-def _block_product(graph: GraphBuilder, x: str, weight: Blocks, stored: list[str], output: str) -> str:
+def block_product(graph: GraphBuilder, x: str, weight: Blocks, stored: list[str], output: str) -> str:
     return graph.node(
         "MatMulNBits",
         [x, *stored],
