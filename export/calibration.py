@@ -19,9 +19,9 @@ from quantization.blocks import Blocks
 from quantization.int8 import Int8Columns
 from quantization.recipes import (
     HIGHEST_CODE,
+    TABLE_BLOCK_SIZES,
     WEIGHTS_ONLY,
     Quantized,
-    TABLE_BLOCK_SIZES,
     SplitMatrix,
     Tensor,
     TokenTable,

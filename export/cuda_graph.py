@@ -14,7 +14,16 @@ import onnx
 from onnx import TensorProto
 
 from runtime.config import GPT2Config
-from runtime.package import ATTENTION_MASK, CACHE_KINDS, INPUT_IDS, POSITION_IDS, Precision, past_name, present_name
+from runtime.package import (
+    ATTENTION_MASK,
+    CACHE_KINDS,
+    INPUT_IDS,
+    NUM_LOGITS_TO_KEEP,
+    POSITION_IDS,
+    Precision,
+    past_name,
+    present_name,
+)
 
 from .checkpoint import EMBEDDING, HEAD
 from .graph import (
@@ -24,7 +33,6 @@ from .graph import (
     check_supported,
     declare_inputs,
     declare_outputs,
-    last_positions,
     write_activation,
 )
 from .half_head import write_logits
@@ -55,7 +63,7 @@ def build_cuda_graph(
 
 
 class _CudaWriter:
-    """The graph so far. Each method appends a part and returns the name of its result, float16 if not said otherwise."""
+    """The graph so far. Each method appends a part and returns its result's name, float16 where nothing is said."""
 
     def __init__(
         self, config: GPT2Config, tensors: Tensors, precision: Precision, weights: WeightsFile, *, wide_residual: bool
@@ -81,7 +89,7 @@ class _CudaWriter:
             normed, hidden = self._add_and_norm(after, self._mlp(layer, normed), hidden, f"h.{layer}.mlp.c_proj.bias")
         if not config.tie_word_embeddings:
             table = self._products.token_table(graph, HEAD, self._tensors[HEAD])
-        write_logits(graph, table, last_positions(graph, normed), config.n_vocab)
+        write_logits(graph, table, self._last_positions(normed), config.n_vocab)
         declare_outputs(graph, config, "float16")
         return graph.model(name="gpt2", opset=OPSET, ir_version=IR_VERSION, producer="gpt2-edge")
 
@@ -97,9 +105,26 @@ class _CudaWriter:
             node("Cast", [total], "mask/total_length", to=TensorProto.INT32),
         )
 
+    def _last_positions(self, hidden: str) -> str:
+        """As `graph.last_positions`, by S - (S + kept).
+
+        Slice reads on the host where it starts. onnxruntime computes there what comes from a shape, but would negate an
+        input on the device and copy it back.
+        """
+        node, constant = self._graph.node, self._graph.constant
+        new = node("Shape", [INPUT_IDS], "kept/new", start=1, end=2)
+        start = node("Sub", [new, node("Add", [new, NUM_LOGITS_TO_KEEP], "kept/more")], "kept/start")
+        end, axis = constant([np.iinfo(np.int64).max], np.int64), constant([1], np.int64)
+        return node("Slice", [hidden, start, end, axis], "kept")
+
     def _add_and_norm(self, norm: str, branch: str, residual: str, bias: str | None = None) -> tuple[str, str]:
         """Norm of the new residual, branch + residual + bias, and that residual itself."""
-        inputs = [self._residual(branch), residual, self._of_residual(f"{norm}.weight"), self._of_residual(f"{norm}.bias")]
+        inputs = [
+            self._residual(branch),
+            residual,
+            self._of_residual(f"{norm}.weight"),
+            self._of_residual(f"{norm}.bias"),
+        ]
         if bias:
             inputs.append(self._of_residual(bias))
         normed, _, _, total = self._graph.node_with_outputs(

@@ -40,9 +40,7 @@ class CentredTensors(Mapping[str, Float32Array]):
             mean = self._mean_of(array)
             return np.concatenate([array - mean, mean[None]])
         if name == POSITIONS and self._tied:
-            if self._mean is None:
-                self._mean_of(self._tensors[self._head])
-            return array + self._mean
+            return array + (self._mean_of(self._tensors[self._head]) if self._mean is None else self._mean)
         return array
 
     def __iter__(self) -> Iterator[str]:

@@ -26,15 +26,6 @@ TABLE_ROWS = 64
 """A product of so many rows, or a multiple, is what the fast kernels take: those of blocks refuse other than 8, and
 dequantize the whole table for each token instead."""
 
-DEVICE_RECIPES: Mapping[tuple[Device, Precision], Quantized] = {
-    ("cpu", "int8"): "int8",
-    ("cpu", "int4"): "int4",
-    ("cuda", "int8"): "int8-weights",
-    ("cuda", "int4"): "int4-weights",
-    ("tensorrt", "int8"): "int8-static",
-}
-"""What a precision means on a device, where it quantizes."""
-
 
 def as_half(name: str, values: Float32Array) -> NDArray[np.float16]:
     """A tensor as float16.
