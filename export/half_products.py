@@ -18,7 +18,7 @@ from runtime.package import Device, Precision
 
 from .checkpoint_files import Float32Array
 from .onnx_builder import MICROSOFT, GraphBuilder
-from .products import BlockTable, Products, Table, block_product, split_inputs
+from .products import OWN_ACCUMULATION, BlockTable, Products, Table, block_product, split_inputs
 
 HALF_MAX = float(np.finfo(np.float16).max)
 
@@ -83,7 +83,7 @@ class WeightOnlyProducts:
         blocks = quantize_matrix(weight, self._recipe) if isinstance(weight, np.ndarray) else weight
         assert isinstance(blocks, Blocks), f"{name} is in blocks"
         stored = [graph.weight(name, blocks.values), graph.weight(f"{name}.scale", as_half(name, blocks.scale))]
-        return block_product(graph, x, blocks, stored, f"{name}/product")
+        return block_product(graph, x, blocks, stored, f"{name}/product", accuracy_level=OWN_ACCUMULATION)
 
     def token_table(self, graph: GraphBuilder, name: str, table: Tensor) -> Table:
         blocks = quantize_table(table, self._recipe) if isinstance(table, np.ndarray) else table

@@ -28,6 +28,10 @@ INT8_ACCUMULATION = 4
 """MatMulNBits' accuracy_level: quantize the activations to int8 too. Integer products are the fast ones on a CPU."""
 
 
+OWN_ACCUMULATION = 0
+"""Likewise: multiply in the type of the activations."""
+
+
 class Table(Protocol):
     def embed(self, graph: GraphBuilder, ids: str) -> str:
         """ids [B, S] -> rows [B, S, D] float32."""
@@ -69,6 +73,8 @@ class Fp32Products:
 class BlockTable:
     """Blocks along D, which MatMulNBits and GatherBlockQuantized read alike.
 
+    Its rows, and what they are multiplied by, are of the type of its scales; float32 is multiplied as int8.
+
     A column scale is the head's concern: its input was multiplied by it where it was made, in the last layer norm. The
     embedding has to multiply by it.
     """
@@ -81,9 +87,9 @@ class BlockTable:
         *,
         scale_dtype: type[np.float32] | type[np.float16] = np.float32,
     ) -> None:
-        """`scale_dtype` is that of the rows and of what they are multiplied by, too."""
         self._name = name
         self._blocks = table.blocks
+        self._accuracy_level = INT8_ACCUMULATION if scale_dtype is np.float32 else OWN_ACCUMULATION
         self._values = graph.weight(name, table.blocks.values)  # [V, blocks, bytes] uint8
         self._scale = graph.weight(f"{name}.scale", table.blocks.scale.astype(scale_dtype))  # [V, blocks]
         self._column_scale = (
@@ -112,7 +118,8 @@ class BlockTable:
         return graph.node("Mul", [rows, self._column_scale], f"{self._name}/embedded")
 
     def logits(self, graph: GraphBuilder, x: str, output: str) -> str:
-        return block_product(graph, x, self._blocks, [self._values, self._scale], output)
+        stored = [self._values, self._scale]
+        return block_product(graph, x, self._blocks, stored, output, accuracy_level=self._accuracy_level)
 
 
 class QuantizedProducts:
@@ -167,10 +174,13 @@ def _quantized_product(graph: GraphBuilder, name: str, x: str, weight: Int8Colum
     if isinstance(weight, Int8Columns):
         return _int8_product(graph, name, x, weight)
     stored = [graph.weight(name, weight.values), graph.weight(f"{name}.scale", weight.scale)]
-    return block_product(graph, x, weight, stored, f"{name}/product")
+    return block_product(graph, x, weight, stored, f"{name}/product", accuracy_level=INT8_ACCUMULATION)
 
 
-def block_product(graph: GraphBuilder, x: str, weight: Blocks, stored: list[str], output: str) -> str:
+def block_product(
+    graph: GraphBuilder, x: str, weight: Blocks, stored: list[str], output: str, *, accuracy_level: int
+) -> str:
+    """x @ the blocks whose values and scales are `stored`; the level is MatMulNBits' accuracy_level."""
     return graph.node(
         "MatMulNBits",
         [x, *stored],
@@ -180,7 +190,7 @@ def block_product(graph: GraphBuilder, x: str, weight: Blocks, stored: list[str]
         block_size=weight.size,
         K=weight.n_columns,
         N=len(weight.values),
-        accuracy_level=INT8_ACCUMULATION,
+        accuracy_level=accuracy_level,
     )
 
 
