@@ -18,13 +18,13 @@ from typing import Any
 
 import runtime
 from runtime.command_line import CommandLineParser, print_json, run_command
-from runtime.decoder import Decoder
 from runtime.errors import RequestError
 from runtime.package import (
     CACHE_ITEM_BYTES,
     MANIFEST,
     MODEL_FILES,
     TOKENIZER,
+    TOP_K_MODEL,
     WEIGHTS_SUFFIX,
     CacheType,
     Device,
@@ -45,11 +45,14 @@ from .calibration_text import SEQUENCES, text_of_file
 from .checkpoint import Checkpoint
 from .client_files import write_client_files, write_license, write_model_card
 from .download import Progress
+from .profile import shape_profile
 from .progress_bar import ProgressBar
 from .publish import refuse_to_replace, staged
 from .resolve import FoundCheckpoint, find_checkpoint
+from .stand_in import stand_in_decoder
 from .target import PRECISIONS, Target
 from .tokenizer_files import build_tokenizer, write_tokenizer
+from .top_k_graph import write_top_k_graph
 from .verification import PROMPTS, Verification, check, prompt_ids, verify_decoder
 from .write_model import WrittenModel, write_model
 
@@ -136,7 +139,10 @@ def convert(
             own_tokenizer = Tokenizer.load(staging / TOKENIZER)
             prompts = [prompt_ids(prompt, own_tokenizer, checkpoint.config) for prompt in PROMPTS]
             written = write_model(staging, graph, target, prompts, text=text, progress=progress)
-            write_client_files(staging, checkpoint.config, target.precision, device=device, attention=graph.attention)
+            if target.device == "cuda":
+                write_top_k_graph(staging / TOP_K_MODEL, checkpoint.config)
+            attention = target.attention(graph.attention)
+            write_client_files(staging, checkpoint.config, target.precision, device=device, attention=attention)
             write_license(staging, folder)
             source = Source(
                 name=_plain_text(name or checkpoint.name), layout=checkpoint.layout, fingerprint=written.fingerprint
@@ -178,7 +184,7 @@ def _describe(staging: Path, graph: GraphSource, target: Target, source: Source,
         config=graph.checkpoint.config,
         precision=target.precision,
         device=target.device,
-        attention=graph.attention,
+        attention=target.attention(graph.attention),
         kv_cache=target.kv_cache,
         opset=written.opset,
         decode_weight_bytes=written.decode_weight_bytes,
@@ -190,6 +196,7 @@ def _describe(staging: Path, graph: GraphSource, target: Target, source: Source,
         | {name: version(name) for name in tools}
         | dict(graph.tools),
         files=_file_entries(staging, target.precision, written.weights),
+        profile=shape_profile(graph.checkpoint.config) if target.device == "tensorrt" else {},
     )
 
 
@@ -210,18 +217,12 @@ def _file_entries(staging: Path, precision: Precision, weights_entry: FileEntry)
 def _verify(
     staging: Path, tokenizer: Tokenizer, checkpoint: Checkpoint, target: Target, progress: Progress
 ) -> Verification:
-    """Open the package with the real runtime and hold it against the oracle.
-
-    Packages for other devices run on the CPU for it, which has all of their operators: a conversion needs no GPU.
-    """
+    """Open the package with the real runtime and hold it against the oracle."""
     package = open_package(staging)
     if target.device == "cpu":
         decoder = open_decoder(package)
     else:
-        manifest = package.manifest
-        decoder = Decoder.open(
-            package.model_path, manifest.config, attention=manifest.attention, kv_cache=manifest.kv_cache
-        )
+        decoder = stand_in_decoder(package.model_path, package.manifest)
     steps, total = itertools.count(1), len(PROMPTS) + checkpoint.config.n_layer + 1
     verification = verify_decoder(
         decoder,

@@ -121,9 +121,14 @@ def output_shapes(config: GPT2Config, kv_cache: CacheType = "float32") -> dict[s
     }
 
 
-def declare_inputs(graph: GraphBuilder, config: GPT2Config, kv_cache: CacheType = "float32") -> None:
+def declare_inputs(
+    graph: GraphBuilder, config: GPT2Config, kv_cache: CacheType = "float32", *, all_logits: bool = False
+) -> None:
+    """Declare them; a graph that always gives all logits has no input that says how many to keep."""
     for name, (dtype, shape) in input_shapes(config, kv_cache).items():
         graph.input(name, dtype, shape)
+    if all_logits:
+        return
     # An input that is an initializer too has a default: clients that never heard of it get all logits.
     graph.weight(graph.input(NUM_LOGITS_TO_KEEP, TensorProto.INT64, [1]), np.zeros(1, np.int64))
 

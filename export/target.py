@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from quantization.recipes import Quantized
 from runtime.errors import RequestError
-from runtime.package import CacheType, Device, Needs, Precision
+from runtime.package import Attention, CacheType, Device, Needs, Precision
 
 PRECISIONS: Mapping[Device, tuple[Precision, ...]] = {
     "cpu": ("int8", "fp32", "int4"),
@@ -112,6 +112,10 @@ class Target:
         """What tells a package from others of the same checkpoint: int8, int8-kv8, fp16-cuda."""
         cache = "-kv8" if self.kv_cache == "int8" else ""
         return f"{self.precision}{cache}" + ("" if self.device == "cpu" else f"-{self.device}")
+
+    def attention(self, on_cpu: Attention) -> Attention:
+        """What the graph does with keys and values; `on_cpu` says what that of the CPU does."""
+        return "plain" if self.device == "tensorrt" else on_cpu
 
     def recipe(self) -> dict[str, str]:
         """How numbers are stored, in words."""

@@ -27,6 +27,7 @@ from .fingerprint import FingerprintedTensors
 from .half_head import CentredTensors
 from .half_range import measure_range
 from .onnx_builder import WeightsFile
+from .plain_graph import build_plain_graph
 from .products import Tensors
 from .step_weights import decode_weight_bytes
 from .target import Target
@@ -94,7 +95,8 @@ def write_model(
 
 def _device_graph(target: Target, *, wide_residual: bool) -> GraphWriter:
     """Who writes the graph of a device that computes in float16."""
-    return partial(build_cuda_graph, wide_residual=wide_residual)
+    build = build_cuda_graph if target.device == "cuda" else build_plain_graph
+    return partial(build, wide_residual=wide_residual)
 
 
 def _own_text(staging: Path, source: GraphSource, tensors: Tensors, sequences: int, progress: Progress) -> Ids:

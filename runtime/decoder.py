@@ -40,12 +40,14 @@ class Decoder:
         kv_cache: CacheType = "float32",
         activations: Activations = WIDE,
     ) -> None:
-        assert kv_cache == "float32" or attention == "GroupQueryAttention", "plain attention knows float32 only"
+        assert kv_cache != "int8" or attention == "GroupQueryAttention", "plain attention knows floats only"
         self.session = session
         self.config = config
         self.attention = attention
         self.kv_cache = kv_cache
         self.activations = activations
+        self.keeps_logits = NUM_LOGITS_TO_KEEP in {value.name for value in session.get_overridable_initializers()}
+        """Whether the graph can be told how many logits are wanted; one that cannot computes all."""
 
     @classmethod
     def open(
@@ -179,6 +181,7 @@ class _Rows:
         self._session = decoder.session
         self._ort_value = load_onnxruntime().OrtValue.ortvalue_from_numpy  # shares the array's memory on the CPU
         self._n_vocab = decoder.config.n_vocab
+        self._keeps_logits = decoder.keeps_logits
         self._lengths = cache.lengths[rows]  # [B] int64, a view
         self._buffers = list(cache.bindings(rows))
         self._binding = decoder.session.io_binding()
@@ -191,9 +194,11 @@ class _Rows:
         self._bind_input(INPUT_IDS, np.ascontiguousarray(ids, np.int64))
         self._bind_input(POSITION_IDS, self._lengths[:, None] + np.arange(n_new))  # [B, S]
         self._bind_input(ATTENTION_MASK, self._bind_cache(n_new).astype(np.int64))  # [B, T]
-        if self._logits.shape != (n_rows, keep, self._n_vocab):
-            self._bind_input(NUM_LOGITS_TO_KEEP, np.array([keep], np.int64))
-            self._logits = np.empty((n_rows, keep, self._n_vocab), np.float32)
+        computed = keep if self._keeps_logits else n_new
+        if self._logits.shape != (n_rows, computed, self._n_vocab):
+            if self._keeps_logits:
+                self._bind_input(NUM_LOGITS_TO_KEEP, np.array([keep], np.int64))
+            self._logits = np.empty((n_rows, computed, self._n_vocab), np.float32)
             self._bind_output(LOGITS, self._logits)
         try:
             self._session.run_with_iobinding(self._binding)
@@ -202,7 +207,7 @@ class _Rows:
             raise MachineError(f"onnxruntime failed to run the model ({reason}); free memory and run again") from error
         self._take_cache()
         self._lengths += n_new
-        return self._logits
+        return self._logits[:, computed - keep :]
 
     def _bind_cache(self, n_new: int) -> NDArray[np.bool_]:
         """Have the graph read and write keys and values; returns the mask [B, T], true where a token stands."""
@@ -247,7 +252,7 @@ class _RowsCopied(_Rows):
         for past, present, buffer in self._buffers:
             self._bind_input(past, np.ascontiguousarray(buffer[:, :, :n_past]))
             _, n_head, _, head_dim = buffer.shape
-            self._bind_output(present, np.empty((n_rows, n_head, n_past + n_new, head_dim), np.float32))
+            self._bind_output(present, np.empty((n_rows, n_head, n_past + n_new, head_dim), buffer.dtype))
         in_past = np.arange(n_past) < self._lengths[:, None]  # [B, P]
         return np.concatenate([in_past, np.ones((n_rows, n_new), np.bool_)], axis=1)
 
