@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import logging
 import os
 import sys
 import threading
@@ -20,8 +21,11 @@ from pathlib import Path
 from .command_line import CommandLineParser, print_json, run_command
 from .errors import DeviceError, MachineError
 from .package import Package, open_package
+from .session import open_session
 from .tensorrt_options import engine_folder, tensorrt_options
 from .text_generator import check_runs_here
+
+logger = logging.getLogger(__name__)
 
 NVINFER = "libnvinfer.so.10"
 """TensorRT's library, of the major version that onnxruntime-gpu 1.31 is built for."""
@@ -56,9 +60,7 @@ def prepare(package: Package, cache_dir: Path, report: Callable[[str], None]) ->
 
 def open_engine(package: Package, folder: Path) -> None:
     """Open a session, which builds the engine if the folder has none."""
-    from .session import open_session  # noqa: PLC0415
-
-    tensorrt_options(package.manifest, folder)
+    logger.info("TensorRT options: %s", tensorrt_options(package.manifest, folder))
     open_session(package.model_path, device="tensorrt")
 
 

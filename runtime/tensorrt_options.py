@@ -68,6 +68,6 @@ def check_fits(profile: ShapeProfile, *, rows: int, new_tokens: int) -> None:
     most_rows, most_tokens = profile["max"][INPUT_IDS]
     if rows > most_rows or new_tokens > most_tokens:
         raise RequestError(
-            f"{rows} rows of {new_tokens} new tokens at once: this package's TensorRT engine serves at most {most_rows} "
-            f"rows and {most_tokens} tokens; ask for fewer samples at once, or for shorter pieces of the prompt"
+            f"{rows} rows of {new_tokens} new tokens at once: this package's TensorRT engine serves at most "
+            f"{most_rows} rows and {most_tokens} tokens; ask for fewer samples at once, or shorter pieces"
         )
