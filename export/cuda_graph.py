@@ -36,8 +36,8 @@ from .graph import (
     write_activation,
 )
 from .half_head import write_logits
-from .half_products import DEVICE_PRODUCTS, as_half
-from .onnx_builder import MICROSOFT, GraphBuilder, WeightsFile
+from .half_writer import HalfWriter
+from .onnx_builder import MICROSOFT, WeightsFile
 from .products import Tensors
 
 
@@ -62,17 +62,8 @@ def build_cuda_graph(
     return _CudaWriter(config, tensors, precision, weights, wide_residual=wide_residual).write()
 
 
-class _CudaWriter:
-    """The graph so far. Each method appends a part and returns its result's name, float16 where nothing is said."""
-
-    def __init__(
-        self, config: GPT2Config, tensors: Tensors, precision: Precision, weights: WeightsFile, *, wide_residual: bool
-    ) -> None:
-        self._config = config
-        self._tensors = tensors
-        self._products = DEVICE_PRODUCTS["cuda", precision]
-        self._graph = GraphBuilder(weights)
-        self._wide = wide_residual
+class _CudaWriter(HalfWriter):
+    device = "cuda"
 
     def write(self) -> onnx.ModelProto:
         graph, config = self._graph, self._config
@@ -134,13 +125,11 @@ class _CudaWriter:
             domain=MICROSOFT,
             epsilon=self._config.layer_norm_epsilon,
         )
-        if self._wide:
-            normed = self._graph.node("Cast", [normed], f"{norm}/half", to=TensorProto.FLOAT16)
-        return normed, total
+        return self._narrow(normed), total
 
     def _attention(self, layer: int, normed: str, last_key: str, total_length: str) -> str:
         name = f"h.{layer}.attn"
-        qkv = self._linear(f"{name}.c_attn", normed)
+        qkv = self._product(f"{name}.c_attn", normed)
         qkv = self._graph.node("Add", [qkv, self._half(f"{name}.c_attn.bias")], f"{name}.c_attn")  # [B, S, 3D]
         past = [past_name(layer, kind) for kind in CACHE_KINDS]
         present = [present_name(layer, kind) for kind in CACHE_KINDS]
@@ -153,30 +142,12 @@ class _CudaWriter:
             kv_num_heads=self._config.n_head,
             scale=self._config.attention_scale(layer),
         )
-        return self._linear(f"{name}.c_proj", context)
+        return self._product(f"{name}.c_proj", context)
 
     def _mlp(self, layer: int, normed: str) -> str:
         name = f"h.{layer}.mlp"
-        inner = self._linear(f"{name}.c_fc", normed)  # [B, S, n_inner]
+        inner = self._product(f"{name}.c_fc", normed)  # [B, S, n_inner]
         bias = self._half(f"{name}.c_fc.bias")
-        return self._linear(f"{name}.c_proj", write_activation(self._graph, self._config.activation, name, inner, bias))
-
-    def _linear(self, name: str, x: str) -> str:
-        return self._products.linear(self._graph, f"{name}.weight", x, self._tensors[f"{name}.weight"])
-
-    def _half(self, name: str) -> str:
-        values = self._tensors[name]
-        assert isinstance(values, np.ndarray), "only matrices are quantized"
-        return self._graph.weight(name, as_half(name, values))
-
-    def _residual(self, x: str) -> str:
-        """A float16 value in the type of the residual."""
-        return self._graph.node("Cast", [x], f"{x}/wide", to=TensorProto.FLOAT) if self._wide else x
-
-    def _of_residual(self, name: str) -> str:
-        """A vector in the type of the residual."""
-        if not self._wide:
-            return self._half(name)
-        values = self._tensors[name]
-        assert isinstance(values, np.ndarray), "only matrices are quantized"
-        return self._graph.weight(name, values)
+        return self._product(
+            f"{name}.c_proj", write_activation(self._graph, self._config.activation, name, inner, bias)
+        )

@@ -17,8 +17,8 @@ from runtime.package import ATTENTION_MASK, CACHE_KINDS, INPUT_IDS, POSITION_IDS
 from .checkpoint import EMBEDDING, HEAD
 from .graph import IR_VERSION, declare_inputs, declare_outputs
 from .half_head import write_logits
-from .half_products import DEVICE_PRODUCTS, as_half
-from .onnx_builder import GraphBuilder, WeightsFile
+from .half_writer import HalfWriter
+from .onnx_builder import WeightsFile
 from .products import Tensors
 
 PLAIN_OPSET = 20
@@ -48,17 +48,8 @@ def build_plain_graph(
     return _PlainWriter(config, tensors, precision, weights, wide_residual=wide_residual).write()
 
 
-class _PlainWriter:
-    """The graph so far. Each method appends a part and returns its result's name, float16 where nothing is said."""
-
-    def __init__(
-        self, config: GPT2Config, tensors: Tensors, precision: Precision, weights: WeightsFile, *, wide_residual: bool
-    ) -> None:
-        self._config = config
-        self._tensors = tensors
-        self._products = DEVICE_PRODUCTS["tensorrt", precision]
-        self._graph = GraphBuilder(weights)
-        self._wide = wide_residual
+class _PlainWriter(HalfWriter):
+    device = "tensorrt"
 
     def write(self) -> onnx.ModelProto:
         graph, config = self._graph, self._config
@@ -139,25 +130,10 @@ class _PlainWriter:
                 return node("Mul", [x, node("Sigmoid", [x], f"{name}/gate")], f"{name}/activation")
 
     def _linear(self, name: str, x: str) -> str:
-        product = self._products.linear(self._graph, f"{name}.weight", x, self._tensors[f"{name}.weight"])
-        return self._graph.node("Add", [product, self._half(f"{name}.bias")], name)
+        return self._graph.node("Add", [self._product(name, x), self._half(f"{name}.bias")], name)
 
     def _layer_norm(self, name: str, x: str) -> str:
         """Norm of the residual."""
-        values = [self._tensors[f"{name}.{part}"] for part in ("weight", "bias")]
-        inputs = [x]
-        for part, array in zip(("weight", "bias"), values, strict=True):
-            assert isinstance(array, np.ndarray), "only matrices are quantized"
-            stored = array if self._wide else as_half(f"{name}.{part}", array)
-            inputs.append(self._graph.weight(f"{name}.{part}", stored))
-        normed = self._graph.node("LayerNormalization", inputs, name, axis=-1, epsilon=self._config.layer_norm_epsilon)
-        return self._graph.node("Cast", [normed], f"{name}/half", to=TensorProto.FLOAT16) if self._wide else normed
-
-    def _half(self, name: str) -> str:
-        values = self._tensors[name]
-        assert isinstance(values, np.ndarray), "only matrices are quantized"
-        return self._graph.weight(name, as_half(name, values))
-
-    def _residual(self, x: str) -> str:
-        """A float16 value in the type of the residual."""
-        return self._graph.node("Cast", [x], f"{x}/wide", to=TensorProto.FLOAT) if self._wide else x
+        inputs = [x, self._of_residual(f"{name}.weight"), self._of_residual(f"{name}.bias")]
+        epsilon = self._config.layer_norm_epsilon
+        return self._narrow(self._graph.node("LayerNormalization", inputs, name, axis=-1, epsilon=epsilon))

@@ -163,7 +163,7 @@ class DeviceDecoder(Decoder):
         """Copy float16 numbers between addresses on the device."""
         if self._copier is None:
             provider = {"cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}[self.device]
-            options = {"device_id": str(self.index)} if self.device != "cpu" else {}
+            options = {"device_id": str(self.index)} if self.index else {}
             self._copier = load_onnxruntime().InferenceSession(COPY, providers=[(provider, options)])
         binding = self._copier.io_binding()
         binding.bind_input("x", self.device, self.index, np.float16, [count], source)
