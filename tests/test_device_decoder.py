@@ -37,7 +37,7 @@ def decoder(plain: Decoder, tmp_path: Path) -> DeviceDecoder:
 @pytest.fixture
 def short(decoder: DeviceDecoder, monkeypatch: pytest.MonkeyPatch) -> DeviceDecoder:
     """With masks and buffers of 8, 16, 32 and 64 tokens."""
-    monkeypatch.setattr("runtime.device_decoder.SHORTEST", 8)
+    monkeypatch.setattr("runtime.device_memory.SHORTEST", 8)
     return decoder
 
 
