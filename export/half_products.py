@@ -22,6 +22,9 @@ from .products import OWN_ACCUMULATION, BlockTable, Products, Table, block_produ
 
 HALF_MAX = float(np.finfo(np.float16).max)
 
+SMALLEST_STEP = float(np.finfo(np.float16).tiny)
+"""Of inputs: what is always 0 still needs a scale to be divided by."""
+
 TABLE_ROWS = 64
 """A product of so many rows, or a multiple, is what the fast kernels take: those of blocks refuse other than 8, and
 dequantize the whole table for each token instead."""
@@ -120,7 +123,8 @@ class StaticProducts(HalfProducts):
             return graph.node("Add", products, f"{name}/whole_product")
         assert isinstance(weight, Int8Columns) and weight.input_peak is not None, f"{name} was calibrated"
         zero = graph.constant(0, np.int8)
-        input_scale = graph.weight(f"{name}.input_scale", as_half(name, np.float32(weight.input_peak / INT8_MAX)))
+        step = np.float32(max(weight.input_peak / INT8_MAX, SMALLEST_STEP))
+        input_scale = graph.weight(f"{name}.input_scale", as_half(name, step))
         rounded = graph.node("QuantizeLinear", [x, input_scale, zero], f"{name}/quantized")
         inputs = graph.node("DequantizeLinear", [rounded, input_scale, zero], f"{name}/inputs")
         stored = [graph.weight(name, weight.values), graph.weight(f"{name}.scale", as_half(name, weight.scale))]

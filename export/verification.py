@@ -136,7 +136,7 @@ def check(verification: Verification, precision: Precision, *, allow_loss: bool 
     elif not verification.kl <= MAX_KL[precision] and not (allow_loss and np.isfinite(verification.kl)):
         raise VerificationError(
             f"{precision} loses too much on this model: KL {verification.kl:.4f} nats a token, expected at most "
-            f"{MAX_KL[precision]}; convert with a precision of more bits, or accept the loss with --allow-loss"
+            f"{MAX_KL[precision]}; convert with --precision fp32 (fp16 for a GPU), or accept the loss with --allow-loss"
         )
 
 
