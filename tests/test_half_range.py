@@ -71,7 +71,7 @@ def test_a_head_around_its_mean_is_the_same_model(tied: bool) -> None:
 
 
 def test_logits_with_much_in_common_stay_apart(tmp_path: Path) -> None:
-    """Without the mean row the error is 0.03, a half of float16's step at 100."""
+    """Measured: 0.0023; 0.06 where the rows are not stored around their mean, half of float16's step at 150."""
     weights = tiny_weights(CONFIG)
     weights["ln_f.bias"][0] = 10  # a constant of the last hidden state ...
     weights["wte.weight"][:, 0] += SHARED / 10  # ... times a constant of all rows
