@@ -52,6 +52,7 @@ class TimedSession:
 
 def compare_clocks(options: argparse.Namespace) -> int:
     generator = TextGenerator.load(options.package)
+    generator.decoder.settle()
     session = TimedSession(generator.decoder.session)
     generator.decoder.session = session  # type: ignore[assignment]
     workload = Workload(prompt_tokens=options.prompt_tokens, new_tokens=options.new_tokens, batch=1)

@@ -10,10 +10,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .activations import WIDE, Activations
+from .cache_memory import CacheMemory
 from .config import GPT2Config
 from .errors import MachineError, RequestError
+from .huge_pages import Gathering, gather, private_regions
 from .kv_cache import KVCache
-from .package import ATTENTION_MASK, INPUT_IDS, LOGITS, NUM_LOGITS_TO_KEEP, POSITION_IDS, Attention, CacheType, Device
+from .package import (
+    ATTENTION_MASK,
+    CACHE_ITEM_BYTES,
+    INPUT_IDS,
+    LOGITS,
+    NUM_LOGITS_TO_KEEP,
+    POSITION_IDS,
+    Attention,
+    CacheType,
+    Device,
+)
 from .session import load_onnxruntime, open_session
 
 if TYPE_CHECKING:
@@ -39,6 +51,8 @@ class Decoder:
         attention: Attention = "GroupQueryAttention",
         kv_cache: CacheType = "float32",
         activations: Activations = WIDE,
+        *,
+        gathering: Gathering | None = None,
     ) -> None:
         assert kv_cache != "int8" or attention == "GroupQueryAttention", "plain attention knows floats only"
         self.session = session
@@ -48,6 +62,9 @@ class Decoder:
         self.activations = activations
         self.keeps_logits = NUM_LOGITS_TO_KEEP in {value.name for value in session.get_overridable_initializers()}
         """Whether the graph can be told how many logits are wanted; one that cannot computes all."""
+        self._gathering = gathering
+        row_bytes = config.n_ctx * config.cache_items_per_token * CACHE_ITEM_BYTES[kv_cache]
+        self._cache_memory = CacheMemory(most_bytes=row_bytes)
 
     @classmethod
     def open(
@@ -63,12 +80,20 @@ class Decoder:
         optimized: bool = False,
     ) -> Decoder:
         """Open a graph; arguments and errors as `session.open_session`."""
+        before = private_regions()
         session = open_session(model_path, device=device, threads=threads, activations=activations, optimized=optimized)
-        return cls(session, config, attention, kv_cache, activations)
+        return cls(session, config, attention, kv_cache, activations, gathering=gather(since=before))
+
+    def settle(self) -> None:
+        """Wait until the weights' memory is as it will stay, see `runtime.huge_pages`; before times are measured."""
+        if self._gathering:
+            self._gathering.wait()
 
     def start(self, *, batch: int, capacity: int) -> Decoding:
         """Begin with an empty cache of `batch` rows and room for `capacity` tokens in each."""
-        cache = KVCache(self.config, batch=batch, capacity=capacity, cache_type=self.kv_cache)
+        cache = KVCache(
+            self.config, batch=batch, capacity=capacity, cache_type=self.kv_cache, memory=self._cache_memory
+        )
         return Decoding(self, cache)
 
     def logits(self, ids: NDArray[np.int64], *, chunk_tokens: int = CHUNK_TOKENS) -> Iterator[NDArray[np.float32]]:

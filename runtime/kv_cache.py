@@ -8,6 +8,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from .cache_memory import CacheMemory
 from .config import GPT2Config
 from .errors import MachineError, RequestError
 from .package import CACHE_KINDS, CacheType, past_name, present_name
@@ -17,16 +18,27 @@ Buffer: TypeAlias = "NDArray[np.float32] | NDArray[np.int8]"
 GROWTH = 1.5
 """A cache that is outgrown becomes this many times as long, so that appending stays linear in the length."""
 
+SPARE_TOKENS = 256
+"""Memory is reserved for a multiple of so many tokens, so that a request a little longer than the last fits into it."""
+
 
 class KVCache:
     """Keys and values of B rows, each row at its own length.
 
-    Each layer has two buffers [B, H, M, D] float32 or int8, M tokens long. Memory that holds no token yet is zero,
-    reserved but not touched. `lengths` [B] int64 counts the tokens of each row; it belongs to whoever runs the graph.
+    Each layer has two buffers [B, H, M, D] float32 or int8, M tokens long. Memory that holds no token yet is zero, or
+    of an earlier cache. `lengths` [B] int64 counts the tokens of each row; it belongs to whoever runs the graph.
     """
 
-    def __init__(self, config: GPT2Config, *, batch: int, capacity: int, cache_type: CacheType = "float32") -> None:
-        """Reserve room for `capacity` tokens in each of `batch` rows.
+    def __init__(
+        self,
+        config: GPT2Config,
+        *,
+        batch: int,
+        capacity: int,
+        cache_type: CacheType = "float32",
+        memory: CacheMemory | None = None,
+    ) -> None:
+        """Reserve room for `capacity` tokens in each of `batch` rows, in memory of its own where none is lent.
 
         Raises:
             RequestError: no rows, or a capacity that is not 1 to n_ctx.
@@ -39,6 +51,7 @@ class KVCache:
             )
         self._config = config
         self._dtype = np.dtype(cache_type)
+        self._memory = memory or CacheMemory(0)
         self.batch = batch
         self._buffers = self._allocate(capacity)
         self.lengths = np.zeros(batch, np.int64)
@@ -83,8 +96,11 @@ class KVCache:
         """All buffers in one piece: the system refuses one request beyond its memory, but grants many small ones."""
         config = self._config
         shape = (len(CACHE_KINDS) * config.n_layer, self.batch, config.n_head, capacity, config.head_dim)
+        token_items = config.cache_items_per_token * self.batch
+        spare_tokens = min(-capacity % SPARE_TOKENS, config.n_ctx - capacity)
         try:
-            return list(np.zeros(shape, self._dtype))
+            lent = self._memory.lend(capacity * token_items, self._dtype, spare_items=spare_tokens * token_items)
+            return list(lent.reshape(shape))
         except (MemoryError, ValueError, OverflowError) as error:  # the last two: more than numpy can number
             needed = config.cache_items_per_token * self._dtype.itemsize * capacity * self.batch
             raise MachineError(

@@ -22,6 +22,7 @@ def main() -> None:
         raise SystemExit(f"{options.model} is {manifest.precision}, cache {manifest.kv_cache}, not {options.type}")
     decoder = open_decoder(package, threads=options.threads)
     load_s = time.perf_counter() - start
+    decoder.settle()
 
     def generate(prompts: NDArray[np.int64], new_tokens: int) -> Run:
         batch, prompt_tokens = prompts.shape
