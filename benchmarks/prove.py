@@ -16,10 +16,10 @@ from pathlib import Path
 
 import export.convert
 import quantization.evaluate
+from export.package_size import GRAPH_BYTES
 from quantization.paper import PUBLISHED
 from runtime.command_line import CommandLineParser
 from runtime.config import OFFICIAL_SIZES
-from runtime.package import MODEL_FILES
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,7 +44,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = CommandLineParser(prog="scripts/prove", description="Hold an official size against the paper's figures.")
     parser.add_argument("size", choices=list(OFFICIAL_SIZES))
     parser.add_argument("files", nargs="+", type=_named_file, metavar="NAME=FILE", help=f"{', '.join(PUBLISHED)}")
-    parser.add_argument("--precision", type=_precisions, default=list(MODEL_FILES), help="default: all")
+    parser.add_argument("--precision", type=_precisions, default=list(GRAPH_BYTES), help="default: all")
     parser.add_argument("--packages", type=Path, default=Path("packages"), metavar="DIR", help="default: packages")
     parser.add_argument("--offline", action="store_true", help="download nothing")
     return parser.parse_args(argv)
@@ -61,8 +61,8 @@ def _named_file(text: str) -> tuple[str, Path]:
 
 def _precisions(text: str) -> list[str]:
     named = text.split(",")
-    if not set(named) <= set(MODEL_FILES):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected some of {', '.join(MODEL_FILES)}, separated by commas")
+    if not set(named) <= set(GRAPH_BYTES):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected some of {', '.join(GRAPH_BYTES)}, separated by commas")
     return named
 
 

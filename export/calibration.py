@@ -15,9 +15,12 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
+from quantization.blocks import Blocks
 from quantization.int8 import Int8Columns
 from quantization.recipes import (
     HIGHEST_CODE,
+    TABLE_BLOCK_SIZES,
+    WEIGHTS_ONLY,
     Quantized,
     SplitMatrix,
     Tensor,
@@ -131,7 +134,8 @@ class _Calibration:
         inner = _activate(normed @ weight + bias, self._config.activation)  # [B, T, n_inner]
         result: Float32Array = inner @ proj + proj_bias
 
-        outliers = find_outliers(_rows(inner))
+        whole = self._precision in WEIGHTS_ONLY
+        outliers = np.empty(0, np.intp) if whole else find_outliers(_rows(inner))
         order = np.concatenate([np.setdiff1d(np.arange(len(proj)), outliers), outliers]).astype(np.intp)
         factors = self._factors(normed, weight)
         self._keep_norm(f"{name}.ln_2", gain / factors, shift / factors)
@@ -146,9 +150,17 @@ class _Calibration:
         tied = self._config.tie_word_embeddings
         name = EMBEDDING if tied else HEAD
         table = self._read(name)
+        if self._precision not in TABLE_BLOCK_SIZES:
+            self._keep_norm("ln_f", gain, shift)
+            self._results[EMBEDDING], self._results[name] = self._read(EMBEDDING), table
+            return
         if not tied:
             self._results[EMBEDDING] = TokenTable(quantize_table(self._read(EMBEDDING), self._precision))
         normed = self._normed(hidden, gain, shift)
+        if self._precision in WEIGHTS_ONLY:
+            self._keep_norm("ln_f", gain, shift)
+            self._results[name] = TokenTable(quantize_table(table, self._precision, _hessian(normed)))
+            return
         factors = smoothing_factors(
             _rows(normed),
             table.T,
@@ -165,21 +177,29 @@ class _Calibration:
         self._results[f"{name}.weight"], self._results[f"{name}.bias"] = gain, shift
 
     def _keep_matrix(self, name: str, weight: Float32Array, inputs: Float32Array) -> None:
-        self._results[f"{name}.weight"] = quantize_matrix(weight, self._precision, _hessian(inputs))
+        self._results[f"{name}.weight"] = self._quantized(weight, inputs)
         self._done += weight.size
         self._progress(self._done)
 
     def _keep_split_matrix(self, name: str, weight: Float32Array, inputs: Float32Array, *, n_kept: int) -> None:
         """The matrix behind the activation, whose last inputs are outliers."""
         n_common = len(weight) - n_kept
-        quantized = quantize_matrix(weight[:n_common], self._precision, _hessian(inputs[..., :n_common]))
+        quantized = self._quantized(weight[:n_common], inputs[..., :n_common])
         if isinstance(quantized, Int8Columns):
             quantized = replace(quantized, least_input=LEAST_ACTIVATION[self._config.activation])
         self._results[f"{name}.weight"] = SplitMatrix(quantized, weight[n_common:]) if n_kept else quantized
         self._done += weight.size
         self._progress(self._done)
 
+    def _quantized(self, weight: Float32Array, inputs: Float32Array) -> Int8Columns | Blocks:
+        quantized = quantize_matrix(weight, self._precision, _hessian(inputs))
+        if isinstance(quantized, Int8Columns):
+            return replace(quantized, input_peak=float(np.abs(inputs).max()))
+        return quantized
+
     def _factors(self, inputs: Float32Array, weight: Float32Array) -> Float32Array:
+        if self._precision in WEIGHTS_ONLY:  # what multiplies the weights is not rounded
+            return np.ones(len(weight), np.float32)
         group = matrix_group(len(weight), self._precision)
         return smoothing_factors(_rows(inputs), weight, highest=HIGHEST_CODE[self._precision], group=group)
 

@@ -28,12 +28,16 @@ from runtime.package import (
     POSITION_IDS,
     Attention,
     CacheType,
+    Device,
     Manifest,
     Precision,
 )
 from runtime.sampling import SamplingOptions
 
-TRANSFORMERS_JS_DTYPE: Mapping[Precision, str] = {"fp32": "fp32", "int8": "q8", "int4": "q4"}
+TRANSFORMERS_JS_DTYPE: Mapping[Precision, str] = {"fp32": "fp32", "fp16": "fp16", "int8": "q8", "int4": "q4"}
+GENAI_PROVIDERS: Mapping[Device, str] = {"cuda": "cuda", "tensorrt": "NvTensorRtRtx"}
+"""onnxruntime-genai's names; its TensorRT is the one for RTX."""
+
 LICENSE_NAMES = ("LICENSE", "LICENSE.md", "LICENSE.txt", "LICENCE", "COPYING")
 
 CARD = """\
@@ -68,26 +72,37 @@ prompts and their greedy continuations (an alarm, not a benchmark):
 {other_clients}
 """
 
-OTHER_CLIENTS: Mapping[CacheType, str] = {
-    "float32": "The folder also opens unmodified in optimum's ORTModelForCausalLM and in onnxruntime-genai.",
-    "int8": "No other client reads a package with int8 keys and values.",
+OTHER_CLIENTS: Mapping[tuple[Device, CacheType], str] = {
+    ("cpu", "float32"): "The folder also opens unmodified in optimum's ORTModelForCausalLM and in onnxruntime-genai.",
+    ("cpu", "int8"): "No other client reads a package with int8 keys and values.",
+    (
+        "cuda",
+        "float16",
+    ): "Batches must be padded on the right, as onnxruntime-genai does. optimum and transformers.js pad "
+    "on the left, and get wrong numbers from this graph for all rows but the longest.",
+    ("tensorrt", "float16"): "Other clients have not been tried with this graph.",
 }
 
 WITHOUT_FEATURES = "; without, gpt2-edge's own runtime takes 7-bit activations, and other clients compute wrongly"
 
 ATTENTIONS: Mapping[Attention, str] = {
     "GroupQueryAttention": "attention by GroupQueryAttention, which writes keys and values in place",
-    "plain": "attention as the exporter traced it, which returns keys and values in new tensors",
+    "plain": "attention by ONNX's own operators, which returns keys and values in new tensors",
 }
 
 
 def write_client_files(
-    folder: Path, config: GPT2Config, precision: Precision, attention: Attention = "GroupQueryAttention"
+    folder: Path,
+    config: GPT2Config,
+    precision: Precision,
+    *,
+    device: Device = "cpu",
+    attention: Attention = "GroupQueryAttention",
 ) -> None:
     """Write config.json, generation_config.json and genai_config.json."""
-    _write_json(folder / CONFIG, _hf_config(config, precision))
+    _write_json(folder / CONFIG, _hf_config(config, precision, device))
     _write_json(folder / GENERATION_CONFIG, _generation_config(config))
-    _write_json(folder / GENAI_CONFIG, _genai_config(config, precision, attention))
+    _write_json(folder / GENAI_CONFIG, _genai_config(config, precision, device, attention))
 
 
 def write_license(folder: Path, checkpoint_folder: Path) -> None:
@@ -123,15 +138,16 @@ def write_model_card(folder: Path, manifest: Manifest) -> None:
         recipe="; ".join(manifest.recipe.values()),
         megabytes=size / 1e6,
         onnxruntime=needs.onnxruntime,
-        other_clients=OTHER_CLIENTS[manifest.kv_cache],
+        other_clients=OTHER_CLIENTS[manifest.device, manifest.kv_cache],
         processor=f", a processor with {' or '.join(needs.processor)}" if needs.processor else "",
         without_features=WITHOUT_FEATURES if needs.narrows else "",
     )
     (folder / MODEL_CARD).write_text(text, encoding="utf-8")
 
 
-def _hf_config(config: GPT2Config, precision: Precision) -> dict[str, Any]:
-    model_name = Path(MODEL_FILES[precision]).name
+def _hf_config(config: GPT2Config, precision: Precision, device: Device) -> dict[str, Any]:
+    model_name, dtype = Path(MODEL_FILES[precision]).name, TRANSFORMERS_JS_DTYPE[precision]
+    half_cache = {} if device == "cpu" else {"kv_cache_dtype": {dtype: "float16"}}
     return {
         "model_type": "gpt2",
         "architectures": ["GPT2LMHeadModel"],
@@ -150,8 +166,9 @@ def _hf_config(config: GPT2Config, precision: Precision) -> dict[str, Any]:
         "bos_token_id": config.eos_token_id,
         "eos_token_id": config.eos_token_id,
         "transformers.js_config": {
-            "dtype": TRANSFORMERS_JS_DTYPE[precision],
+            "dtype": dtype,
             "use_external_data_format": {model_name: 1},
+            **half_cache,
         },
     }
 
@@ -168,10 +185,13 @@ def _generation_config(config: GPT2Config) -> dict[str, Any]:
     }
 
 
-def _genai_config(config: GPT2Config, precision: Precision, attention: Attention) -> dict[str, Any]:
+def _genai_config(config: GPT2Config, precision: Precision, device: Device, attention: Attention) -> dict[str, Any]:
     """ "type" is "decoder": genai's own "gpt2" means an older graph with one 5-D cache tensor per layer."""
     key, value = CACHE_KINDS
     sampling = SamplingOptions()
+    providers: dict[str, Any] = (
+        {} if device == "cpu" else {"session_options": {"provider_options": [{GENAI_PROVIDERS[device]: {}}]}}
+    )
     return {
         "model": {
             "type": "decoder",
@@ -182,6 +202,7 @@ def _genai_config(config: GPT2Config, precision: Precision, attention: Attention
             "pad_token_id": config.eos_token_id,
             "decoder": {
                 "filename": MODEL_FILES[precision],
+                **providers,
                 "head_size": config.head_dim,
                 "hidden_size": config.n_embd,
                 "num_attention_heads": config.n_head,

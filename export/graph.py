@@ -1,6 +1,7 @@
-"""GPT-2 as an ONNX graph, written node by node from the weights: no tracing, no torch.
+"""GPT-2 as an ONNX graph for the CPU, written node by node from the weights: no tracing, no torch.
 
-One graph serves a single sequence, left-padded and right-padded batches, pieces of a prompt, and rows of different
+`export.cuda_graph` and `export.plain_graph` write it for other devices, with the same inputs and outputs. One graph
+serves a single sequence, left-padded and right-padded batches, pieces of a prompt, and rows of different
 lengths in a cache buffer that is longer than what it holds. The weights are taken from the checkpoint in the order in
 which the graph uses them, and are on disk before the next is read.
 """
@@ -16,13 +17,14 @@ import onnx
 from onnx import TensorProto
 
 from quantization.recipes import cache_scale_name
-from runtime.config import GPT2Config
+from runtime.config import Activation, GPT2Config
 from runtime.errors import ConfigError
 from runtime.package import (
     ATTENTION_MASK,
     CACHE_KINDS,
     INPUT_IDS,
     LOGITS,
+    NEXT_IDS,
     NUM_LOGITS_TO_KEEP,
     POSITION_IDS,
     Attention,
@@ -43,6 +45,7 @@ HEAD_DIM_STEP = 8
 
 QUANTIZED_CACHE: Mapping[CacheType, Mapping[str, Any]] = {
     "float32": {},
+    "float16": {},
     "int8": {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8},
 }
 """Attributes of the attention operator."""
@@ -108,14 +111,24 @@ def input_shapes(config: GPT2Config, kv_cache: CacheType = "float32") -> dict[st
 
 
 def output_shapes(config: GPT2Config, kv_cache: CacheType = "float32") -> dict[str, tuple[int, list[int | str]]]:
-    """The outputs: name -> (type, axes)."""
+    """The outputs: name -> (type, axes). A float16 graph is one for a GPU, and chooses ids there."""
     cache = {present_name(layer, kind): _cache_value(config, TOTAL, kv_cache) for layer, kind in _cache_tensors(config)}
-    return {LOGITS: (TensorProto.FLOAT, [BATCH, NEW, config.n_vocab]), **cache}
+    chosen: dict[str, tuple[int, list[int | str]]] = {NEXT_IDS: (TensorProto.INT64, [BATCH, NEW])}
+    return {
+        LOGITS: (TensorProto.FLOAT, [BATCH, NEW, config.n_vocab]),
+        **(chosen if kv_cache == "float16" else {}),
+        **cache,
+    }
 
 
-def declare_inputs(graph: GraphBuilder, config: GPT2Config, kv_cache: CacheType = "float32") -> None:
+def declare_inputs(
+    graph: GraphBuilder, config: GPT2Config, kv_cache: CacheType = "float32", *, all_logits: bool = False
+) -> None:
+    """Declare them; a graph that always gives all logits has no input that says how many to keep."""
     for name, (dtype, shape) in input_shapes(config, kv_cache).items():
         graph.input(name, dtype, shape)
+    if all_logits:
+        return
     # An input that is an initializer too has a default: clients that never heard of it get all logits.
     graph.weight(graph.input(NUM_LOGITS_TO_KEEP, TensorProto.INT64, [1]), np.zeros(1, np.int64))
 
@@ -132,11 +145,29 @@ def last_positions(graph: GraphBuilder, hidden: str) -> str:
     return graph.node("Slice", [hidden, start, end, axis], "kept")
 
 
+def write_activation(graph: GraphBuilder, activation: Activation, name: str, x: str, bias: str) -> str:
+    """activation(x + bias). Some operators add the bias themselves."""
+    match activation:
+        case "gelu_new":
+            return graph.node("FastGelu", [x, bias], f"{name}/activation", domain=MICROSOFT)
+        case "gelu":
+            return graph.node("BiasGelu", [x, bias], f"{name}/activation", domain=MICROSOFT)
+        case "relu":
+            return graph.node("Relu", [graph.node("Add", [x, bias], f"{name}/biased")], f"{name}/activation")
+        case "silu":
+            biased = graph.node("Add", [x, bias], f"{name}/biased")
+            return graph.node("Mul", [biased, graph.node("Sigmoid", [biased], f"{name}/gate")], f"{name}/activation")
+
+
 def _cache_tensors(config: GPT2Config) -> list[tuple[int, str]]:
     return [(layer, kind) for layer in range(config.n_layer) for kind in CACHE_KINDS]
 
 
-CACHE_DTYPES: Mapping[CacheType, int] = {"float32": TensorProto.FLOAT, "int8": TensorProto.INT8}
+CACHE_DTYPES: Mapping[CacheType, int] = {
+    "float32": TensorProto.FLOAT,
+    "float16": TensorProto.FLOAT16,
+    "int8": TensorProto.INT8,
+}
 
 
 def _cache_value(config: GPT2Config, length: str, kv_cache: CacheType) -> tuple[int, list[int | str]]:
@@ -219,23 +250,8 @@ class _GraphWriter:
     def _mlp(self, layer: int, hidden: str) -> str:
         name = f"h.{layer}.mlp"
         inner = self._linear(f"{name}.c_fc", self._layer_norm(f"h.{layer}.ln_2", hidden))  # [B, S, n_inner]
-        return self._linear_with_bias(
-            f"{name}.c_proj", self._activation(name, inner, self._weight(f"{name}.c_fc.bias"))
-        )
-
-    def _activation(self, name: str, x: str, bias: str) -> str:
-        """activation(x + bias). Some operators add the bias themselves."""
-        node = self._graph.node
-        match self._config.activation:
-            case "gelu_new":
-                return node("FastGelu", [x, bias], f"{name}/activation", domain=MICROSOFT)
-            case "gelu":
-                return node("BiasGelu", [x, bias], f"{name}/activation", domain=MICROSOFT)
-            case "relu":
-                return node("Relu", [node("Add", [x, bias], f"{name}/biased")], f"{name}/activation")
-            case "silu":
-                biased = node("Add", [x, bias], f"{name}/biased")
-                return node("Mul", [biased, node("Sigmoid", [biased], f"{name}/gate")], f"{name}/activation")
+        active = write_activation(self._graph, self._config.activation, name, inner, self._weight(f"{name}.c_fc.bias"))
+        return self._linear_with_bias(f"{name}.c_proj", active)
 
     def _linear(self, name: str, x: str) -> str:
         return self._products.linear(self._graph, f"{name}.weight", x, self._tensors[f"{name}.weight"])

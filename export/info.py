@@ -17,12 +17,12 @@ from typing import Any
 
 from runtime.command_line import CommandLineParser, run_command
 from runtime.info import describe_config, print_report, show_package
-from runtime.package import MANIFEST, MODEL_FILES
+from runtime.package import MANIFEST
 
 from .checkpoint import Checkpoint, TensorsOnDisk, fit_vocabulary, read_checkpoint
 from .checkpoint_files import StoredTensor
 from .graph import check_supported
-from .package_size import conversion_peak_bytes, package_bytes
+from .package_size import GRAPH_BYTES, conversion_peak_bytes, package_bytes
 from .resolve import find_checkpoint
 from .tokenizer_files import build_tokenizer
 
@@ -64,7 +64,7 @@ def _describe_product(checkpoint: Checkpoint) -> dict[str, Any]:
     config = fit_vocabulary(checkpoint, tokenizer.get_vocab()).config
     tokenizer_bytes = len(tokenizer.to_str().encode("utf-8"))
     estimated = {
-        precision: package_bytes(config, precision, tokenizer_bytes=tokenizer_bytes) for precision in MODEL_FILES
+        precision: package_bytes(config, precision, tokenizer_bytes=tokenizer_bytes) for precision in GRAPH_BYTES
     }
     return {
         "tokenizer": {"tokens": tokenizer.get_vocab_size(), "bytes": tokenizer_bytes},

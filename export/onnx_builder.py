@@ -105,13 +105,22 @@ class GraphBuilder:
         """Append a node that another graph has."""
         self._nodes.append(node)
 
-    def model(self, *, name: str, opset: int, ir_version: int, producer: str) -> onnx.ModelProto:
+    def model(
+        self,
+        *,
+        name: str,
+        opset: int,
+        ir_version: int,
+        producer: str,
+        domains: Sequence[str] = ("", MICROSOFT),
+    ) -> onnx.ModelProto:
+        """The whole; `domains` are those of its operators, the version of onnxruntime's own being 1."""
         graph = helper.make_graph(
             self._nodes, name, self._inputs, self._outputs, initializer=list(self._initializers.values())
         )
         return helper.make_model(
             graph,
-            opset_imports=[helper.make_opsetid("", opset), helper.make_opsetid(MICROSOFT, 1)],
+            opset_imports=[helper.make_opsetid(domain, 1 if domain else opset) for domain in domains],
             ir_version=ir_version,
             producer_name=producer,
         )

@@ -1,4 +1,4 @@
-"""How large a package would be, told from the model's numbers alone.
+"""How large a package for the CPU would be, told from the model's numbers alone.
 
 The weights file is exact: this repeats how `export.products` stores a matrix, and how `export.onnx_builder` lays out
 the arrays. The graph beside it is small, and estimated.
@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Literal, TypeAlias
 
 from quantization.recipes import Quantized, matrix_group, table_block_size
 from runtime.config import GPT2Config
-from runtime.package import Precision
 
 from .checkpoint import EMBEDDING, HEAD, canonical_shapes
 from .onnx_builder import ALIGNMENT, INLINE_BYTES
 
-GRAPH_BYTES: Mapping[Precision, tuple[int, int]] = {
+CpuPrecision: TypeAlias = Literal["fp32", "int8", "int4"]
+
+GRAPH_BYTES: Mapping[CpuPrecision, tuple[int, int]] = {
     "fp32": (2_600, 3_300),
     "int8": (3_300, 6_900),
     "int4": (3_100, 4_200),
@@ -35,7 +37,7 @@ every way of running them. Within 10% for demo (int8 195 MB, fp32 220 MB), 124M 
 """
 
 
-def package_bytes(config: GPT2Config, precision: Precision, *, tokenizer_bytes: int) -> int:
+def package_bytes(config: GPT2Config, precision: CpuPrecision, *, tokenizer_bytes: int) -> int:
     """All files but the manifest, within 1% for any model of use; `tokenizer_bytes` is what tokenizer.json takes."""
     whole, layer = GRAPH_BYTES[precision]
     inline = sum(size for size in _array_sizes(config, precision) if size <= INLINE_BYTES)
@@ -43,7 +45,7 @@ def package_bytes(config: GPT2Config, precision: Precision, *, tokenizer_bytes: 
     return weights_bytes(config, precision) + graph + tokenizer_bytes + SMALL_FILES_BYTES
 
 
-def weights_bytes(config: GPT2Config, precision: Precision) -> int:
+def weights_bytes(config: GPT2Config, precision: CpuPrecision) -> int:
     """The external data file, to the byte."""
     end = 0
     for size in _array_sizes(config, precision):
@@ -52,13 +54,13 @@ def weights_bytes(config: GPT2Config, precision: Precision) -> int:
     return end
 
 
-def _array_sizes(config: GPT2Config, precision: Precision) -> list[int]:
+def _array_sizes(config: GPT2Config, precision: CpuPrecision) -> list[int]:
     """Bytes of every array that is stored, in the order of the graph."""
     sizes = [size for name, shape in canonical_shapes(config).items() for size in _stored_sizes(name, shape, precision)]
     return sizes if precision == "fp32" else [*sizes, 4 * config.n_embd]  # the column scale of the head's table
 
 
-def _stored_sizes(name: str, shape: tuple[int, ...], precision: Precision) -> tuple[int, ...]:
+def _stored_sizes(name: str, shape: tuple[int, ...], precision: CpuPrecision) -> tuple[int, ...]:
     """Bytes of the arrays that one tensor becomes: its values, and their scales if it is quantized."""
     if precision == "fp32" or len(shape) == 1 or name == "wpe.weight":
         return (4 * math.prod(shape),)

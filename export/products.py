@@ -28,6 +28,10 @@ INT8_ACCUMULATION = 4
 """MatMulNBits' accuracy_level: quantize the activations to int8 too. Integer products are the fast ones on a CPU."""
 
 
+OWN_ACCUMULATION = 0
+"""Likewise: multiply in the type of the activations."""
+
+
 class Table(Protocol):
     def embed(self, graph: GraphBuilder, ids: str) -> str:
         """ids [B, S] -> rows [B, S, D] float32."""
@@ -69,15 +73,25 @@ class Fp32Products:
 class BlockTable:
     """Blocks along D, which MatMulNBits and GatherBlockQuantized read alike.
 
+    Its rows, and what they are multiplied by, are of the type of its scales; float32 is multiplied as int8.
+
     A column scale is the head's concern: its input was multiplied by it where it was made, in the last layer norm. The
     embedding has to multiply by it.
     """
 
-    def __init__(self, graph: GraphBuilder, name: str, table: TokenTable) -> None:
+    def __init__(
+        self,
+        graph: GraphBuilder,
+        name: str,
+        table: TokenTable,
+        *,
+        scale_dtype: type[np.float32] | type[np.float16] = np.float32,
+    ) -> None:
         self._name = name
         self._blocks = table.blocks
+        self._accuracy_level = INT8_ACCUMULATION if scale_dtype is np.float32 else OWN_ACCUMULATION
         self._values = graph.weight(name, table.blocks.values)  # [V, blocks, bytes] uint8
-        self._scale = graph.weight(f"{name}.scale", table.blocks.scale)  # [V, blocks] float32
+        self._scale = graph.weight(f"{name}.scale", table.blocks.scale.astype(scale_dtype))  # [V, blocks]
         self._column_scale = (
             None if table.column_scale is None else graph.weight(f"{name}.column_scale", table.column_scale)
         )
@@ -88,7 +102,7 @@ class BlockTable:
         blocks = graph.node(
             "GatherBlockQuantized",
             [self._values, ids, scale],
-            f"{self._name}/blocks",  # [B, S, blocks, size] float32
+            f"{self._name}/blocks",  # [B, S, blocks, size]
             domain=MICROSOFT,
             bits=self._blocks.bits,
             block_size=size,
@@ -104,7 +118,8 @@ class BlockTable:
         return graph.node("Mul", [rows, self._column_scale], f"{self._name}/embedded")
 
     def logits(self, graph: GraphBuilder, x: str, output: str) -> str:
-        return _block_product(graph, x, self._blocks, [self._values, self._scale], output)
+        stored = [self._values, self._scale]
+        return block_product(graph, x, self._blocks, stored, output, accuracy_level=self._accuracy_level)
 
 
 class QuantizedProducts:
@@ -137,10 +152,7 @@ PRODUCTS: Mapping[Precision, Products] = {
 
 def _split_product(graph: GraphBuilder, name: str, x: str, weight: SplitMatrix) -> str:
     """The last inputs by their own rows in float32, and so out of the others' scale."""
-    border = graph.constant([-len(weight.kept)], np.int64)
-    first, end, last_axis = (graph.constant([value], np.int64) for value in (0, np.iinfo(np.int64).max, -1))
-    common = graph.node("Slice", [x, first, border, last_axis], f"{name}/common_inputs")
-    outliers = graph.node("Slice", [x, border, end, last_axis], f"{name}/outliers")
+    common, outliers = split_inputs(graph, name, x, len(weight.kept))
     kept = graph.weight(f"{name}.kept", weight.kept)
     products = [
         _quantized_product(graph, name, common, weight.quantized),
@@ -149,14 +161,26 @@ def _split_product(graph: GraphBuilder, name: str, x: str, weight: SplitMatrix) 
     return graph.node("Add", products, f"{name}/whole_product")
 
 
+def split_inputs(graph: GraphBuilder, name: str, x: str, n_outliers: int) -> tuple[str, str]:
+    """All inputs but the last, and the last `n_outliers`."""
+    border = graph.constant([-n_outliers], np.int64)
+    first, end, last_axis = (graph.constant([value], np.int64) for value in (0, np.iinfo(np.int64).max, -1))
+    common = graph.node("Slice", [x, first, border, last_axis], f"{name}/common_inputs")
+    outliers = graph.node("Slice", [x, border, end, last_axis], f"{name}/outliers")
+    return common, outliers
+
+
 def _quantized_product(graph: GraphBuilder, name: str, x: str, weight: Int8Columns | Blocks) -> str:
     if isinstance(weight, Int8Columns):
         return _int8_product(graph, name, x, weight)
     stored = [graph.weight(name, weight.values), graph.weight(f"{name}.scale", weight.scale)]
-    return _block_product(graph, x, weight, stored, f"{name}/product")
+    return block_product(graph, x, weight, stored, f"{name}/product", accuracy_level=INT8_ACCUMULATION)
 
 
-def _block_product(graph: GraphBuilder, x: str, weight: Blocks, stored: list[str], output: str) -> str:
+def block_product(
+    graph: GraphBuilder, x: str, weight: Blocks, stored: list[str], output: str, *, accuracy_level: int
+) -> str:
+    """x @ the blocks whose values and scales are `stored`; the level is MatMulNBits' accuracy_level."""
     return graph.node(
         "MatMulNBits",
         [x, *stored],
@@ -166,7 +190,7 @@ def _block_product(graph: GraphBuilder, x: str, weight: Blocks, stored: list[str
         block_size=weight.size,
         K=weight.n_columns,
         N=len(weight.values),
-        accuracy_level=INT8_ACCUMULATION,
+        accuracy_level=accuracy_level,
     )
 
 

@@ -23,6 +23,10 @@ from runtime.errors import RequestError
 
 Float64Array = NDArray[np.float64]
 Tensors = Mapping[str, NDArray[np.float32]]
+Watch = Callable[[str, Float64Array], None]
+"""Is shown what is computed on the way, by one of these names."""
+
+RESIDUAL, BRANCH, INNER, QKV, SCORES = "residual", "branches", "inner units", "queries keys values", "scores"
 
 HEAD_ROWS = 1024
 """Vocabulary rows of the head per product: float64 copies of 10 MB at 774M instead of one of 515 MB; also the fastest
@@ -34,6 +38,8 @@ def reference_logits(
     tensors: Tensors,
     sequences: Sequence[NDArray[np.int64]],
     progress: Callable[[str], None] | None = None,
+    *,
+    watch: Watch | None = None,
 ) -> list[NDArray[np.float32]]:
     """Compute the logits of every position of several token sequences.
 
@@ -47,6 +53,7 @@ def reference_logits(
             "lm_head.weight" [V, n_embd] only where the head is not tied.
         sequences: token ids, each [T] int64 with 1 to n_ctx tokens; lengths may differ.
         progress: called with one line of text before each layer and before the head.
+        watch: called with what is computed on the way.
 
     Returns:
         For each sequence its logits, [T, V] float32.
@@ -58,7 +65,7 @@ def reference_logits(
     _check_sequences(config, sequences)
     if not sequences:
         return []
-    report = progress or (lambda _line: None)
+    report, shown = progress or (lambda _line: None), watch or (lambda _name, _values: None)
     ends = np.cumsum([len(ids) for ids in sequences])
     spans = [slice(end - len(ids), end) for ids, end in zip(sequences, ends, strict=True)]
 
@@ -68,8 +75,10 @@ def reference_logits(
     hidden += tensors["wpe.weight"][positions]
     for layer in range(config.n_layer):
         report(f"reference: layer {layer + 1} of {config.n_layer}")
-        hidden += _attention_branch(config, tensors, layer, hidden, spans)
-        hidden += _mlp_branch(config, tensors, layer, hidden)
+        hidden += _attention_branch(config, tensors, layer, hidden, spans=spans, shown=shown)
+        shown(RESIDUAL, hidden)
+        hidden += _mlp_branch(config, tensors, layer, hidden, shown)
+        shown(RESIDUAL, hidden)
     report("reference: head")
     logits = _head(config, tensors, _layer_norm(config, tensors, "ln_f", hidden))  # [N, V]
     return [logits[rows] for rows in spans]
@@ -90,11 +99,13 @@ def _check_sequences(config: GPT2Config, sequences: Sequence[NDArray[np.int64]])
 
 
 def _attention_branch(
-    config: GPT2Config, tensors: Tensors, layer: int, hidden: Float64Array, spans: Sequence[slice]
+    config: GPT2Config, tensors: Tensors, layer: int, hidden: Float64Array, *, spans: Sequence[slice], shown: Watch
 ) -> Float64Array:
     """What the attention of `layer` adds to hidden [N, n_embd]; each span of rows attends to itself only."""
     normed = _layer_norm(config, tensors, f"h.{layer}.ln_1", hidden)
-    query, key, value = np.split(_linear(tensors, f"h.{layer}.attn.c_attn", normed), 3, axis=1)  # [N, n_embd] each
+    qkv = _linear(tensors, f"h.{layer}.attn.c_attn", normed)
+    shown(QKV, qkv)
+    query, key, value = np.split(qkv, 3, axis=1)  # [N, n_embd] each
     scale = config.attention_scale(layer)
     context = np.empty_like(query)
     for rows in spans:
@@ -103,16 +114,22 @@ def _attention_branch(
             head = rows, slice(start, start + config.head_dim)  # [T, D] of query, key and value
             # softmax(q k^T * scale) v, each token seeing itself and what stands before it
             scores = query[head] @ key[head].T * scale  # [T, T]
+            shown(SCORES, scores)
             scores[future] = -np.inf
             context[head] = _softmax(scores) @ value[head]
-    return _linear(tensors, f"h.{layer}.attn.c_proj", context)
+    branch = _linear(tensors, f"h.{layer}.attn.c_proj", context)
+    shown(BRANCH, branch)
+    return branch
 
 
-def _mlp_branch(config: GPT2Config, tensors: Tensors, layer: int, hidden: Float64Array) -> Float64Array:
+def _mlp_branch(config: GPT2Config, tensors: Tensors, layer: int, hidden: Float64Array, shown: Watch) -> Float64Array:
     """What the two-layer network of `layer` adds to hidden [N, n_embd]."""
     normed = _layer_norm(config, tensors, f"h.{layer}.ln_2", hidden)
     inner = _linear(tensors, f"h.{layer}.mlp.c_fc", normed)  # [N, n_inner]
-    return _linear(tensors, f"h.{layer}.mlp.c_proj", ACTIVATIONS[config.activation](inner))
+    shown(INNER, inner)
+    branch = _linear(tensors, f"h.{layer}.mlp.c_proj", ACTIVATIONS[config.activation](inner))
+    shown(BRANCH, branch)
+    return branch
 
 
 def _head(config: GPT2Config, tensors: Tensors, hidden: Float64Array) -> NDArray[np.float32]:

@@ -35,6 +35,8 @@ class Int8Columns:
     scale: Float32Array  # [N]
     least_input: float | None = None
     """What multiplies the matrix is never below this, a little below 0; None where it is about as often above 0."""
+    input_peak: float | None = None
+    """The largest magnitude that calibration saw multiply the matrix; None where it did not look."""
 
 
 def quantize_columns(weight: Float32Array) -> Int8Columns:

@@ -1,7 +1,8 @@
-"""What each precision makes of a matrix: with the inputs' H = X^T X where calibration knows it, plainly without.
+"""What each recipe makes of a matrix: with the inputs' H = X^T X where calibration knows it, plainly without.
 
 int8: a scale for each output column; head and embedding in blocks of 64. int4: blocks of 128, where onnxruntime is
-fastest; head and embedding in blocks of 32, for they lose the most.
+fastest; head and embedding in blocks of 32, for they lose the most. These two multiply by activations of 8 bits; what
+the others multiply by says their second half, see `Quantized`.
 """
 
 from __future__ import annotations
@@ -19,17 +20,39 @@ from .gptq import DAMPING, round_compensated
 from .grid import Float32Array, searched_grid, symmetric_grid
 from .int8 import INT8_MAX, Int8Columns, columns_of_grid, quantize_blocks, quantize_columns
 
-Quantized = Literal["int8", "int4"]
-"""The precisions that quantize."""
+Quantized = Literal["int8", "int4", "int8-weights", "int4-weights", "int8-static"]
+"""Recipes that quantize. "-weights": activations stay float16, for CUDA. "-static": all activations of a product share
+one scale that calibration fixes, for TensorRT; head and embedding stay float16."""
 
-HIGHEST_CODE: Mapping[Quantized, int] = {"int8": INT8_MAX, "int4": 8}
+WEIGHTS_ONLY: tuple[Quantized, ...] = ("int8-weights", "int4-weights")
+
+HIGHEST_CODE: Mapping[Quantized, int] = {
+    "int8": INT8_MAX,
+    "int4": 8,
+    "int8-weights": INT8_MAX,
+    "int4-weights": 8,
+    "int8-static": INT8_MAX,
+}
 """Steps from zero to the largest weight of a group."""
 
-TABLE_BLOCK_SIZES: Mapping[Quantized, tuple[int, ...]] = {"int8": (64, 32, 16), "int4": (32, 16)}
+TABLE_BLOCK_SIZES: Mapping[Quantized, tuple[int, ...]] = {
+    "int8": (64, 32, 16),
+    "int4": (32, 16),
+    "int8-weights": (32, 16),
+    "int4-weights": (32, 16),
+}
 """Codes of head and embedding that share a scale: the first that divides D, else the last, its tail padded."""
 
-INT4_BLOCK_SIZES = (128, 64, 32, 16)
-"""Likewise of the other matrices: the first that their K fills. 128 took 0.7 times as long as 64 on a prompt."""
+MATRIX_BLOCK_SIZES: Mapping[Quantized, tuple[int, ...]] = {
+    "int4": (128, 64, 32, 16),
+    "int8-weights": (32, 16),
+    "int4-weights": (32, 16),
+}
+"""Likewise of the other matrices, where they are in blocks: the first that their K fills. On a CPU 128 took 0.7 times
+as long as 64 on a prompt. On CUDA onnxruntime 1.31 multiplies a few tokens by 4-bit blocks of 16 to 128 in one kernel,
+and by 8-bit ones of 32 and 64 at every official width; its product of many tokens takes blocks of 32 only."""
+
+INT4: tuple[Quantized, ...] = ("int4", "int4-weights")
 
 TABLE_DAMPING = 0.3
 """For a table that is also the embedding: the more, the less its rows move for the sake of the head. On the demo model
@@ -82,9 +105,10 @@ def cache_scale(items: Float32Array, n_head: int) -> Float32Array:
 
 def matrix_group(n_rows: int, precision: Quantized) -> int:
     """Rows of a [K, N] matrix that share a scale within a column."""
-    if precision == "int8":
+    if precision not in MATRIX_BLOCK_SIZES:
         return n_rows
-    return next((size for size in INT4_BLOCK_SIZES if n_rows >= size), INT4_BLOCK_SIZES[-1])
+    sizes = MATRIX_BLOCK_SIZES[precision]
+    return next((size for size in sizes if n_rows >= size), sizes[-1])
 
 
 def table_block_size(n_columns: int, precision: Quantized) -> int:
@@ -101,12 +125,15 @@ def quantize_matrix(
     Raises:
         QuantizationError: weight is not 2-D, or not finite; or the inputs were not.
     """
-    if precision == "int8":
-        if hessian is None:
-            return quantize_columns(weight)
-        grid = symmetric_grid(weight, highest=INT8_MAX, group=len(weight))
-        return columns_of_grid(round_compensated(weight, hessian, grid, damping=DAMPING), grid)
-    return _int4_blocks(weight, matrix_group(len(weight), precision), hessian, DAMPING)
+    size = matrix_group(len(weight), precision)
+    if precision in INT4:
+        return _int4_blocks(weight, size, hessian, DAMPING)
+    if precision in MATRIX_BLOCK_SIZES:
+        return _int8_blocks(weight.T, size, hessian, DAMPING)
+    if hessian is None:
+        return quantize_columns(weight)
+    grid = symmetric_grid(weight, highest=INT8_MAX, group=size)
+    return columns_of_grid(round_compensated(weight, hessian, grid, damping=DAMPING), grid)
 
 
 def quantize_table(table: Float32Array, precision: Quantized, hessian: Float32Array | None = None) -> Blocks:
@@ -115,17 +142,23 @@ def quantize_table(table: Float32Array, precision: Quantized, hessian: Float32Ar
     Raises:
         QuantizationError: as `quantize_matrix`.
     """
-    if hessian is None and precision == "int8":
-        return quantize_blocks(table, table_block_size(table.shape[-1], precision))
+    size = table_block_size(table.shape[-1], precision)
+    if hessian is None and precision not in INT4:
+        return quantize_blocks(table, size)
     damaged = np.flatnonzero(~np.isfinite(table).all(axis=-1))
     if len(damaged):
         raise QuantizationError(f"a weight is not finite in row {damaged[0]}; the checkpoint is damaged")
-    size = table_block_size(table.shape[-1], precision)
-    if precision == "int4":
+    if precision in INT4:
         return _int4_blocks(table.T, size, hessian, TABLE_DAMPING)
-    assert hessian is not None
-    grid = symmetric_grid(table.T, highest=INT8_MAX, group=size)
-    return blocks_of_grid(round_compensated(table.T, hessian, grid, damping=TABLE_DAMPING), grid, bits=8)
+    return _int8_blocks(table, size, hessian, TABLE_DAMPING)
+
+
+def _int8_blocks(rows: Float32Array, size: int, hessian: Float32Array | None, damping: float) -> Blocks:
+    """A [N, K] matrix in 8-bit blocks along K."""
+    if hessian is None:
+        return quantize_blocks(rows, size)
+    grid = symmetric_grid(rows.T, highest=INT8_MAX, group=size)
+    return blocks_of_grid(round_compensated(rows.T, hessian, grid, damping=damping), grid, bits=8)
 
 
 def _int4_blocks(weight: Float32Array, size: int, hessian: Float32Array | None, damping: float) -> Blocks:

@@ -24,10 +24,12 @@ from .package import (
     POSITION_IDS,
     Attention,
     CacheType,
+    ShapeProfile,
 )
 from .place import CPU, Place
 from .provider import CPU_PROVIDER
 from .session import Opened, open_session
+from .tensorrt_options import check_fits
 from .wheel import load_onnxruntime
 
 CHUNK_TOKENS = 192
@@ -54,14 +56,19 @@ class Decoder:
         activations: Activations = WIDE,
         *,
         gathering: Gathering | None = None,
+        profile: ShapeProfile | None = None,
     ) -> None:
-        assert kv_cache == "float32" or attention == "GroupQueryAttention", "plain attention knows float32 only"
+        assert kv_cache != "int8" or attention == "GroupQueryAttention", "plain attention knows floats only"
         self.session = opened.session
         self.receipt = opened.receipt
         self.config = config
         self.attention = attention
         self.kv_cache = kv_cache
         self.activations = activations
+        optional = {value.name for value in self.session.get_overridable_initializers()}
+        self.keeps_logits = NUM_LOGITS_TO_KEEP in optional
+        """Whether the graph can be told how many logits are wanted; one that cannot computes all."""
+        self.profile = profile
         self._gathering = gathering
         row_bytes = config.n_ctx * config.cache_items_per_token * CACHE_ITEM_BYTES[kv_cache]
         self._cache_memory = CacheMemory(most_bytes=row_bytes)
@@ -78,11 +85,24 @@ class Decoder:
         threads: int | None = None,
         activations: Activations = WIDE,
         optimized: bool = False,
+        provider_settings: Mapping[str, str] | None = None,
+        profile: ShapeProfile | None = None,
     ) -> Decoder:
-        """Open a graph; arguments and errors as `session.open_session`."""
+        """Open a graph; other arguments and errors as `session.open_session`.
+
+        Args:
+            profile: the shapes that it was compiled for: what they do not serve is refused, or cut into smaller pieces.
+        """
         before = private_regions()
-        opened = open_session(model_path, place=place, threads=threads, activations=activations, optimized=optimized)
-        return cls(opened, config, attention, kv_cache, activations, gathering=gather(since=before))
+        opened = open_session(
+            model_path,
+            place=place,
+            threads=threads,
+            activations=activations,
+            optimized=optimized,
+            provider_settings=provider_settings,
+        )
+        return cls(opened, config, attention, kv_cache, activations, gathering=gather(since=before), profile=profile)
 
     def settle(self) -> None:
         """Wait until the weights' memory is as it will stay, see `runtime.huge_pages`; before times are measured."""
@@ -159,6 +179,8 @@ class Decoding:
         past = int(self.cache.lengths[row])
         self._decoder.check_ids(ids, past=past)
         self.reserve(past + len(ids))
+        if self._decoder.profile is not None:
+            chunk_tokens = min(chunk_tokens, self._decoder.profile["max"][INPUT_IDS][1])
         for piece in pieces(len(ids), chunk_tokens, attention_rows=self._decoder.attention_rows):
             rows = self._rows(row, row + 1)
             yield rows.run(ids[None, piece], keep=1 if last_only else piece.stop - piece.start)[0]
@@ -175,11 +197,13 @@ class Decoding:
         self.reserve(int(self.cache.lengths[row]) + tokens.shape[2])
         self.cache.extend(row, tokens)
 
-    def decode_step(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+    def decode_step(self, ids: NDArray[np.int64], *, wanted: int | None = None) -> NDArray[np.float32]:
         """Append one id to each of the first rows, each at its own length.
 
         Args:
             ids: [n] int64, 1 <= n <= B: the rows behind the first n are left as they are.
+            wanted: how many of the largest logits of a row matter, None for all: a device may leave out the others,
+                this one has them anyway.
         Returns:
             Logits [n, V] float32, valid until the next call.
         Raises:
@@ -219,8 +243,10 @@ class _Rows:
         self._session = decoder.session
         self._ort_value = load_onnxruntime().OrtValue.ortvalue_from_numpy  # shares the array's memory on the CPU
         self._n_vocab = decoder.config.n_vocab
+        self._keeps_logits = decoder.keeps_logits
         self._lengths = cache.lengths[rows]  # [B] int64, a view
         self._buffers = list(cache.bindings(rows))
+        self._profile = decoder.profile
         self._binding = decoder.session.io_binding()
         # other devices copy what is bound
         self._reads_own_memory = decoder.session.get_providers() == [CPU_PROVIDER]
@@ -234,9 +260,13 @@ class _Rows:
         self._set_input(INPUT_IDS, ids)
         self._set_input(POSITION_IDS, self._lengths[:, None] + np.arange(n_new))  # [B, S]
         self._set_input(ATTENTION_MASK, self._bind_cache(n_new))  # [B, T]
-        if self._logits.shape != (n_rows, keep, self._n_vocab):
-            self._bind_input(NUM_LOGITS_TO_KEEP, np.array([keep], np.int64))
-            self._logits = self._last if keep == 1 else np.empty((n_rows, keep, self._n_vocab), np.float32)
+        if self._profile is not None:
+            check_fits(self._profile, rows=n_rows, new_tokens=n_new)
+        computed = keep if self._keeps_logits else n_new
+        if self._logits.shape != (n_rows, computed, self._n_vocab):
+            if self._keeps_logits:
+                self._bind_input(NUM_LOGITS_TO_KEEP, np.array([keep], np.int64))
+            self._logits = self._last if computed == 1 else np.empty((n_rows, computed, self._n_vocab), np.float32)
             self._bind_output(LOGITS, self._logits)
         try:
             self._session.run_with_iobinding(self._binding)
@@ -245,7 +275,7 @@ class _Rows:
             raise MachineError(f"onnxruntime failed to run the model ({reason}); free memory and run again") from error
         self._take_cache()
         self._lengths += n_new
-        return self._logits
+        return self._logits[:, computed - keep :]
 
     def _bind_cache(self, n_new: int) -> NDArray[np.bool_]:
         """Have the graph read and write keys and values; returns the mask [B, T], true where a token stands."""
@@ -299,7 +329,7 @@ class _RowsCopied(_Rows):
         for past, present, buffer in self._buffers:
             self._bind_input(past, np.ascontiguousarray(buffer[:, :, :n_past]))
             _, n_head, _, head_dim = buffer.shape
-            self._bind_output(present, np.empty((n_rows, n_head, n_past + n_new, head_dim), np.float32))
+            self._bind_output(present, np.empty((n_rows, n_head, n_past + n_new, head_dim), buffer.dtype))
         in_past = np.arange(n_past) < self._lengths[:, None]  # [B, P]
         return np.concatenate([in_past, np.ones((n_rows, n_new), np.bool_)], axis=1)
 

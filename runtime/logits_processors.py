@@ -67,6 +67,11 @@ class LogitsProcessors:
         if min_new_tokens and eos_ids:
             self._edits.append(partial(ban_early_end, eos_ids=list(eos_ids), min_new_tokens=min_new_tokens))
 
+    @property
+    def edits(self) -> bool:
+        """Whether anything was asked for."""
+        return bool(self._edits)
+
     def apply(self, logits: Float32Array, *, ids: Sequence[int] | Int64Array, prompt_length: int) -> Float32Array:
         """Apply all of them to one row.
 

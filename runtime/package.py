@@ -18,23 +18,28 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 from .config import GPT2Config
 from .errors import ConfigError, PackageError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+READABLE_VERSIONS = (2, 3)
+"""Version 2 knew the CPU alone: what version 3 added has a default."""
 
-Precision = Literal["fp32", "int8", "int4"]
+Precision = Literal["fp32", "fp16", "int8", "int4"]
 Device = Literal["cpu", "cuda", "tensorrt"]
 Attention = Literal["GroupQueryAttention", "plain"]
 """What a graph does with the keys and values it is given. GroupQueryAttention writes the new ones into the same buffer,
 behind those that are there; plain attention returns them all in a longer tensor of its own."""
 
-CacheType = Literal["float32", "int8"]
-"""How keys and values are stored. int8 takes a quarter of the memory; its scales, one for each channel, stand in the
-graph, which quantizes what it writes and dequantizes what it reads."""
-CACHE_ITEM_BYTES: Mapping[CacheType, int] = {"float32": 4, "int8": 1}
+CacheType = Literal["float32", "float16", "int8"]
+"""How keys and values are stored: float32 on the CPU, float16 elsewhere. int8 takes a quarter of the memory; its
+scales, one for each channel, stand in the graph, which quantizes what it writes and dequantizes what it reads."""
+CACHE_ITEM_BYTES: Mapping[CacheType, int] = {"float32": 4, "float16": 2, "int8": 1}
+
+ShapeProfile: TypeAlias = "Mapping[str, Mapping[str, tuple[int, ...]]]"
+"""The shapes that one TensorRT engine serves: "min", "opt" and "max" -> name of an input -> its shape."""
 
 MANIFEST = "manifest.json"
 CONFIG = "config.json"
@@ -46,17 +51,22 @@ MODEL_CARD = "MODEL_CARD.md"
 LICENSE = "LICENSE"
 MODEL_FILES: Mapping[Precision, str] = {
     "fp32": "onnx/model.onnx",
+    "fp16": "onnx/model_fp16.onnx",
     "int8": "onnx/model_quantized.onnx",
     "int4": "onnx/model_q4.onnx",
 }
 """Names that transformers.js, optimum and onnxruntime-genai find without being told."""
 WEIGHTS_SUFFIX = "_data"
+TOP_K_MODEL = "onnx/top_k.onnx"
+"""In packages for CUDA: picks the largest of logits that lie on the device, see `export.top_k_graph`."""
 
 INPUT_IDS = "input_ids"  # [B, S] int64
 ATTENTION_MASK = "attention_mask"  # [B, P + S] int64, 1 where a token stands
 POSITION_IDS = "position_ids"  # [B, S] int64
 NUM_LOGITS_TO_KEEP = "num_logits_to_keep"  # [1] int64, optional; 0 keeps all
 LOGITS = "logits"  # [B, S or num_logits_to_keep, V] float32
+NEXT_IDS = "next_ids"  # [B, S or num_logits_to_keep] int64, of the largest logits; not in packages for the CPU
+TOP_LOGITS, TOP_IDS = "top_logits", "top_ids"  # [B, K] float32 and int64, outputs of TOP_K_MODEL
 CACHE_KINDS = ("key", "value")
 
 
@@ -138,6 +148,7 @@ class Manifest:
     files: Mapping[str, FileEntry]
     quality: Mapping[str, float] = field(default_factory=dict)
     golden: tuple[GoldenPrompt, ...] = ()
+    profile: ShapeProfile = field(default_factory=dict)  # of packages for TensorRT
 
     @property
     def cache_bytes_per_token(self) -> int:
@@ -209,10 +220,11 @@ def read_manifest(folder: Path) -> Manifest:
         raise PackageError(f"{folder}: {what}; name one, or make it of a checkpoint with: {step}")
     values = _read_json(folder, MANIFEST)
     version = values.get("format_version")
-    if version != FORMAT_VERSION:
+    if type(version) is not int or version not in READABLE_VERSIONS:
         step = "update gpt2-edge" if isinstance(version, int) and version > FORMAT_VERSION else "convert again"
         raise PackageError(
-            f"{folder}: {MANIFEST} has format version {version!r}, this runtime reads {FORMAT_VERSION}; {step}"
+            f"{folder}: {MANIFEST} has format version {version!r}, this runtime reads "
+            f"{' and '.join(map(str, READABLE_VERSIONS))}; {step}"
         )
     if values.pop("digest", None) != _digest(values):
         raise PackageError(f"{folder}: {MANIFEST} was altered (its digest does not match); copy the package again")
@@ -266,6 +278,10 @@ def _manifest_from_values(values: dict[str, Any]) -> Manifest:
             "source": Source(**values["source"]),
             "files": {name: FileEntry(**entry) for name, entry in values["files"].items()},
             "golden": tuple(_golden_from_values(golden, config.n_vocab) for golden in values["golden"]),
+            "profile": {
+                end: {name: tuple(map(int, shape)) for name, shape in shapes.items()}
+                for end, shapes in values.get("profile", {}).items()
+            },
         }
     )
 

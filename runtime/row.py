@@ -57,6 +57,15 @@ class Job:
         return min(len(self.prompt) + self.max_new_tokens - 1, self.config.n_ctx)
 
     @property
+    def wanted(self) -> int | None:
+        """How many of the largest logits matter to the choice of a token; None for all."""
+        request, sampling = self.request, self.sampling
+        seen = request.logits_processor is not None or request.top_logprobs is not None or self.processors.edits
+        if seen or self.tokenizer.n_vocab < self.config.n_vocab:
+            return None
+        return (sampling.top_k or None) if sampling.do_sample else 1
+
+    @property
     def ended(self) -> bool:
         return len(self.rows) == self.request.num_return_sequences and all(row.ended for row in self.rows)
 

@@ -77,7 +77,10 @@ class Scheduler:
             self._speculation.step(row.ids, row.take, most=row.job.max_new_tokens - len(row.times))
             row.speculation = self._speculation.stats
             return rows
-        logits = self._decoding.decode_step(np.array([row.ids[-1] for row in rows], np.int64))  # [B, V]
+        ids = np.array([row.ids[-1] for row in rows], np.int64)
+        wanted = [row.job.wanted for row in rows]
+        most = max((count for count in wanted if count is not None), default=None)
+        logits = self._decoding.decode_step(ids, wanted=None if None in wanted else most)  # [B, V]
         for row, own in zip(rows, logits, strict=True):
             row.advance(own)
         return rows

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, TypedDict, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,10 +17,11 @@ from .batch import RESULTS_AHEAD, Batch, Item, OnError
 from .beam_search import refuse_beams, search_texts
 from .config import GPT2Config
 from .decoder import Decoder
+from .device_decoder import DeviceDecoder
 from .drafts import DraftPackage, check_same_tokenizer
 from .errors import DeviceError, PackageError, RequestError
 from .needs import activations_here, check_memory, check_needs
-from .package import MODEL_FILES, WEIGHTS_SUFFIX, Package, open_package, read_manifest
+from .package import MODEL_FILES, WEIGHTS_SUFFIX, Package, ShapeProfile, open_package, read_manifest
 from .place import Place
 from .prefix_cache import PrefixCache
 from .prepacked import prepacked_model
@@ -32,6 +33,7 @@ from .scheduler import Scheduler
 from .session import checked_threads
 from .speculator import Speculator
 from .stopping import StoppingOptions
+from .tensorrt_options import engine_folder_here, tensorrt_options
 from .tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -104,6 +106,10 @@ class TextGenerator:
         tokenizer = Tokenizer.load(opened.tokenizer_path)
         if type(prefix_cache_bytes) is not int or prefix_cache_bytes < 0:
             raise RequestError(f"prefix_cache_bytes is {prefix_cache_bytes!r}, expected a whole number from 0 up")
+        if opened.manifest.device != "cpu" and (draft is not None or prefix_cache_bytes):
+            raise RequestError(
+                f"a draft and a prefix cache are for the cpu, {package} is for {opened.manifest.device}; leave them out"
+            )
         guessing = None if draft is None else open_package(draft)
         if guessing is not None:
             check_same_tokenizer(guessing, opened)
@@ -256,6 +262,8 @@ class TextGenerator:
         return scores
 
     def _job(self, request: Request, index: int = 0) -> Job:
+        if self.package.manifest.device != "cpu" and (request.num_beams != 1 or request.prompt_lookup or request.exact):
+            raise RequestError("beam search, prompt_lookup and exact are for the cpu so far; leave them out")
         return prepare(request, self.defaults, index=index)
 
     def _one_of_many(self, request: Request, index: int = 0, *, guesses: bool = False) -> Job:
@@ -313,19 +321,40 @@ def open_decoder(
             package.folder,
             " and ".join(manifest.needs.processor),
         )
-    decoder = Decoder.open(
-        package.model_path if prepacked_dir is None else prepacked_model(package, Path(prepacked_dir)),
-        manifest.config,
-        attention=manifest.attention,
-        kv_cache=manifest.kv_cache,
-        place=place,
-        threads=threads,
-        activations=activations,
-        optimized=prepacked_dir is not None,
-    )
+    decoder: Decoder
+    if place.device == "cuda":
+        decoder = DeviceDecoder.of_package(package, place, threads=threads)
+    else:
+        decoder = Decoder.open(
+            package.model_path if prepacked_dir is None else prepacked_model(package, Path(prepacked_dir)),
+            manifest.config,
+            attention=manifest.attention,
+            kv_cache=manifest.kv_cache,
+            place=place,
+            threads=threads,
+            activations=activations,
+            optimized=prepacked_dir is not None,
+            **_compiled(package, place),
+        )
     if read_manifest(package.folder) != manifest:
         raise PackageError(f"{package.folder} was replaced while it was opened; open it again")
     return decoder
+
+
+class _Compiled(TypedDict, total=False):
+    provider_settings: Mapping[str, str]
+    profile: ShapeProfile
+
+
+def _compiled(package: Package, place: Place) -> _Compiled:
+    """What a package that is compiled for its device is opened with."""
+    if place.device != "tensorrt":
+        return {}
+    folder = engine_folder_here(package.manifest, place)
+    return {
+        "provider_settings": tensorrt_options(package.manifest, folder),
+        "profile": package.manifest.profile,
+    }
 
 
 def check_runs_here(package: Package, place: Place | None = None) -> Place:

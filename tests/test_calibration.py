@@ -19,7 +19,14 @@ from export.reference import ACTIVATIONS, reference_logits
 from export.tokenizer_files import build_tokenizer
 from quantization.blocks import Blocks
 from quantization.int8 import Int8Columns
-from quantization.recipes import Quantized, SplitMatrix, TokenTable
+from quantization.recipes import (
+    MATRIX_BLOCK_SIZES,
+    TABLE_BLOCK_SIZES,
+    WEIGHTS_ONLY,
+    Quantized,
+    SplitMatrix,
+    TokenTable,
+)
 from runtime.config import Activation, GPT2Config
 from runtime.errors import QuantizationError, RequestError
 from runtime.text_generator import TextGenerator
@@ -73,9 +80,10 @@ def test_every_tensor_gets_its_place() -> None:
         for precision in get_args(Quantized):
             results = calibrate(config, tiny_weights(config), token_ids(config), precision)
             assert set(results) == set(canonical_shapes(config))
-            matrix = Int8Columns if precision == "int8" else Blocks
+            matrix = Blocks if precision in MATRIX_BLOCK_SIZES else Int8Columns
+            table = TokenTable if precision in TABLE_BLOCK_SIZES else np.ndarray
             for name, shape in canonical_shapes(config).items():
-                expected = TokenTable if name in ("wte.weight", "lm_head.weight") else matrix
+                expected = table if name in ("wte.weight", "lm_head.weight") else matrix
                 quantized = len(shape) == 2 and name != "wpe.weight"
                 assert isinstance(results[name], expected if quantized else np.ndarray), name
 
@@ -84,7 +92,7 @@ def test_every_tensor_gets_its_place() -> None:
 
 
 @pytest.mark.parametrize("activation", get_args(Activation))
-@pytest.mark.parametrize("precision", get_args(Quantized))
+@pytest.mark.parametrize("precision", sorted(set(get_args(Quantized)) - set(WEIGHTS_ONLY)))
 def test_scaling_leaves_the_function_alone(
     monkeypatch: pytest.MonkeyPatch, activation: Activation, precision: Quantized
 ) -> None:

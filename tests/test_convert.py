@@ -235,7 +235,8 @@ def test_json_is_one_object_and_nothing_else(
     status, out, err = run_main(capsys, tiny_checkpoint, "--precision", "fp32", "--output", package, "--json")
     result, manifest = json.loads(out), read_manifest(package)
     assert (status, err, out.count("\n")) == (0, "", 1)
-    assert set(result) == {"package", "precision", "bytes", "parameters", "fingerprint", "recipe", "quality", "seconds"}
+    described = {"package", "precision", "device", "bytes", "parameters", "fingerprint", "recipe", "quality", "seconds"}
+    assert set(result) == described
     assert result["package"] == str(package)
     assert result["parameters"] == manifest.config.parameter_count
     assert result["fingerprint"] == manifest.source.fingerprint

@@ -25,7 +25,24 @@ REPOSITORY = Path(__file__).parent.parent
     ("arguments", "message"),
     [
         (["nonsense"], "nonsense: no checkpoint folder; looked at nonsense and models/nonsense; models holds demo"),
-        (["demo", "--device", "cuda"], "--device cuda: this version makes packages for the CPU only"),
+        (
+            ["demo", "--device", "cuda", "--precision", "fp32"],
+            "no fp32 packages are made for cuda, expected one of",
+        ),
+        (
+            ["demo", "--device", "tensorrt", "--precision", "int4"],
+            "no int4 packages are made for tensorrt",
+        ),
+        (["demo", "--precision", "fp16"], "no fp16 packages are made for cpu, expected one of int8, fp32, int4"),
+        (
+            ["demo", "--device", "cuda", "--kv-cache", "int8"],
+            "keys and values cannot be int8 on cuda",
+        ),
+        (["demo", "--kv-cache", "float16"], "keys and values cannot be float16 on cpu, expected float32 or int8"),
+        (
+            ["demo", "--exporter", "optimum", "--device", "cuda"],
+            "a graph of another exporter is made into",
+        ),
         (["export"], "export is no checkpoint that can be read"),
     ],
 )

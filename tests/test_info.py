@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +16,7 @@ import pytest
 import export.info
 import runtime.info
 from export.package_size import conversion_peak_bytes, package_bytes, weights_bytes
+from export.target import PRECISIONS
 from runtime import needs as needs_module
 from runtime.config import OFFICIAL_SIZES
 from runtime.package import (
@@ -252,7 +253,7 @@ def test_the_size_of_a_package_is_known_before_it_is_made(
     assert estimate == pytest.approx(total, rel=tolerance)
 
 
-@pytest.mark.parametrize("precision", get_args(Precision))
+@pytest.mark.parametrize("precision", PRECISIONS["cpu"])
 def test_a_head_of_its_own_and_odd_widths_are_counted_to_the_byte(tmp_path: Path, precision: Precision) -> None:
     config = replace(tiny_config(), n_embd=272, n_inner=300, n_vocab=263, eos_token_id=256, tie_word_embeddings=False)
     folder = bytes_checkpoint(tmp_path / "x", n_vocab=257)  # for its tokenizer

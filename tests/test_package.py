@@ -226,7 +226,7 @@ def test_a_manifest_that_is_no_object(package: Path) -> None:
 def test_another_format_version_is_refused_with_what_to_do(package: Path, version: object, step: str) -> None:
     rewrite_manifest(package, lambda values: values.update(format_version=version))
     with pytest.raises(
-        PackageError, match=rf"has format version {version!r}, this runtime reads {FORMAT_VERSION}; {step}"
+        PackageError, match=rf"has format version {version!r}, this runtime reads 2 and {FORMAT_VERSION}; {step}"
     ):
         open_package(package)
 
@@ -246,13 +246,13 @@ def test_another_layout_of_the_same_json_is_no_alteration(package: Path) -> None
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda values: values.update(precision="int3"), "precision 'int3', expected one of fp32, int8, int4"),
+        (lambda values: values.update(precision="int3"), "precision 'int3', expected one of fp32, fp16, int8, int4"),
         (lambda values: values.update(device="tpu"), "device 'tpu', expected one of cpu, cuda, tensorrt"),
         (
             lambda values: values.update(attention="magic"),
             "attention 'magic', expected one of GroupQueryAttention, plain",
         ),
-        (lambda values: values.update(kv_cache="fp4"), "kv_cache 'fp4', expected one of float32, int8"),
+        (lambda values: values.update(kv_cache="fp4"), "kv_cache 'fp4', expected one of float32, float16, int8"),
         (lambda values: values.update(decode_weight_bytes=1.5), "decode_weight_bytes 1.5, expected a whole number"),
         (lambda values: values.update(mood="good"), "mood"),
         (lambda values: values.pop("source"), "source"),

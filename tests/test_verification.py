@@ -15,6 +15,7 @@ from export.checkpoint import read_checkpoint
 from export.graph import build_graph
 from export.onnx_builder import WeightsFile
 from export.reference import reference_logits
+from export.target import PRECISIONS
 from export.verification import (
     FP32_TOLERANCE,
     GREEDY_TOKENS,
@@ -107,7 +108,7 @@ def test_a_graph_of_another_config_is_caught(
         check(verify_decoder(decoder, tokenizer, tensors, "fp32"), "fp32")
 
 
-@pytest.mark.parametrize("precision", get_args(Precision))
+@pytest.mark.parametrize("precision", PRECISIONS["cpu"])
 def test_a_graph_of_other_weights_is_caught(
     tmp_path: Path, config: GPT2Config, tokenizer: Tokenizer, precision: Precision
 ) -> None:
@@ -136,7 +137,7 @@ def test_one_wrong_weight_in_one_prompt_is_caught(tmp_path: Path, config: GPT2Co
 def test_a_model_of_zeros_is_itself(tmp_path: Path, config: GPT2Config, tokenizer: Tokenizer) -> None:
     """All logits are equal: there is no spread to measure a difference in."""
     zeros = {name: np.zeros_like(values) for name, values in tiny_weights(config).items()}
-    for precision in get_args(Precision):
+    for precision in PRECISIONS["cpu"]:
         check(verify_decoder(decoder_of(tmp_path, config, zeros, precision), tokenizer, zeros, precision), precision)
 
 
@@ -150,6 +151,7 @@ def test_a_model_of_zeros_is_itself(tmp_path: Path, config: GPT2Config, tokenize
         ("int8", verification(kl=MAX_KL["int8"])),
         ("int8", verification(relative=1.0, greedy=0.5)),
         ("int4", verification(kl=MAX_KL["int4"])),
+        ("fp16", verification(kl=MAX_KL["fp16"])),
     ],
 )
 def test_the_bars_are_inclusive(precision: Precision, passes: Verification) -> None:
@@ -219,7 +221,7 @@ def test_progress_counts_prompts_and_layers(tmp_path: Path, config: GPT2Config, 
 # What the package carries
 
 
-@pytest.mark.parametrize("precision", get_args(Precision))
+@pytest.mark.parametrize("precision", PRECISIONS["cpu"])
 def test_golden_prompts_hold_what_the_oracle_and_the_package_gave(
     request: pytest.FixtureRequest, tiny_checkpoint: Path, precision: Precision
 ) -> None:

@@ -1,0 +1,241 @@
+"""The decoder on a GPU: keys and values stay there, a step is one captured launch, and only what is wanted travels.
+
+A step runs with a mask of one of few lengths, so that the same shapes and the same buffers come again: CUDA captures
+the step once for each length and number of rows, and launches it as a whole from then on. Each row's own length lies
+in the mask. A captured step reads and writes the very addresses that it was captured with, so the buffers of a
+decoding that has ended are kept for the next one.
+
+Unverified on a GPU: seen to be accepted by onnxruntime-gpu 1.31.1 without one, and tested on the CPU's memory.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .config import GPT2Config
+from .decoder import CHUNK_TOKENS, Decoder, pieces
+from .device_memory import DeviceCache, DeviceMemory
+from .errors import MachineError, RequestError
+from .package import (
+    ATTENTION_MASK,
+    CACHE_KINDS,
+    INPUT_IDS,
+    LOGITS,
+    NEXT_IDS,
+    NUM_LOGITS_TO_KEEP,
+    POSITION_IDS,
+    TOP_IDS,
+    TOP_K_MODEL,
+    TOP_LOGITS,
+    Package,
+    past_name,
+    present_name,
+)
+from .place import Place
+from .session import Opened, open_session
+from .wheel import load_onnxruntime
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+CAPTURING = {"enable_cuda_graph": "1"}
+"""Provider options of a session whose runs may be captured."""
+
+NO_CAPTURE = -1
+"""The id of a run that is neither captured nor launched from a capture."""
+
+
+@dataclass(slots=True)
+class _Step:
+    """A step of some rows at one mask length, bound once."""
+
+    binding: Any
+    inputs: dict[str, Any]  # OrtValues on the device
+    logits: Any  # [n, 1, V] float32
+    next_ids: Any  # [n, 1] int64
+    graph_id: int
+
+
+class DeviceDecoder(Decoder):
+    """A decoder whose cache lies on the device of its session."""
+
+    def __init__(
+        self,
+        opened: Opened,
+        config: GPT2Config,
+        *,
+        top_k: onnxruntime.InferenceSession | None = None,
+        device: str = "cuda",
+        index: int = 0,
+        captures: bool = True,
+    ) -> None:
+        """`top_k` is a session of the package's TOP_K_MODEL there; `captures` says that `opened` may capture."""
+        super().__init__(opened, config, kv_cache="float16")
+        self.top_k, self.captures = top_k, captures
+        self.memory = DeviceMemory(config, device=device, index=index)
+        self.graph_ids = itertools.count(1)
+
+    @classmethod
+    def of_package(cls, package: Package, place: Place, *, threads: int | None = None) -> DeviceDecoder:
+        """Open a package for CUDA; errors as `session.open_session`."""
+        opened = open_session(package.model_path, place=place, threads=threads, provider_settings=CAPTURING)
+        top_k = open_session(package.folder / TOP_K_MODEL, place=place, threads=threads)
+        return cls(opened, package.manifest.config, top_k=top_k.session, device=place.device, index=place.index)
+
+    def start(self, *, batch: int, capacity: int) -> DeviceDecoding:  # type: ignore[override]
+        """As `Decoder.start`; the buffers are those of a decoding that has ended, where some fit."""
+        cache = DeviceCache(self.memory, batch=batch, capacity=capacity)
+        return DeviceDecoding(self, cache)
+
+    def run(self, session: onnxruntime.InferenceSession, binding: Any, *, graph_id: int = NO_CAPTURE) -> None:
+        """Run what is bound.
+
+        Raises:
+            MachineError: the device failed.
+        """
+        options = load_onnxruntime().RunOptions()
+        if self.captures:
+            options.add_run_config_entry("gpu_graph_id", str(graph_id))
+        try:
+            session.run_with_iobinding(binding, options)
+        except Exception as error:
+            reason = " ".join(str(error).split())
+            raise MachineError(
+                f"{self.memory.device} failed to run the model ({reason}); free memory and run again"
+            ) from error
+
+
+class DeviceDecoding:
+    """Rows under way on a device, with the interface of `decoder.Decoding`."""
+
+    def __init__(self, decoder: DeviceDecoder, cache: DeviceCache) -> None:
+        self._decoder = decoder
+        self.cache = cache
+
+    def prefill(self, row: int, ids: NDArray[np.int64], *, chunk_tokens: int = CHUNK_TOKENS) -> NDArray[np.float32]:
+        """As `Decoding.prefill`."""
+        for last in self.append(row, ids, chunk_tokens=chunk_tokens, last_only=True):
+            logits: NDArray[np.float32] = last[-1]
+        return logits
+
+    def append(
+        self, row: int, ids: NDArray[np.int64], *, chunk_tokens: int = CHUNK_TOKENS, last_only: bool = False
+    ) -> Iterator[NDArray[np.float32]]:
+        """As `Decoding.append`."""
+        if not 0 <= row < self.cache.batch:
+            raise RequestError(f"no row {row}, expected 0 to {self.cache.batch - 1}")
+        past = int(self.cache.lengths[row])
+        self._decoder.check_ids(ids, past=past)
+        self.cache.reserve(past + len(ids))
+        for piece in pieces(len(ids), chunk_tokens, attention_rows=self._decoder.attention_rows):
+            n_new = piece.stop - piece.start
+            end = int(self.cache.lengths[row]) + n_new
+            step = self._bind(slice(row, row + 1), n_new, mask_length=end, keep=1 if last_only else n_new)
+            self._feed(step, ids[None, piece], slice(row, row + 1), mask_length=end)
+            self._decoder.run(self._decoder.session, step.binding)
+            self.cache.lengths[row] = end
+            yield step.logits.numpy()[0]
+
+    def decode_step(self, ids: NDArray[np.int64], *, wanted: int | None = None) -> NDArray[np.float32]:
+        """Append one id to each of the first rows, each at its own length.
+
+        Args:
+            ids: [n] int64, 1 <= n <= B.
+            wanted: how many of the largest logits of a row matter; None for all.
+        Returns:
+            Logits [n, V] float32. Those that do not matter may be -inf; one that matters alone may be 0 instead.
+        Raises:
+            RequestError: more ids than rows, an id out of range, or a row would outgrow the context.
+        """
+        n_rows = len(ids)
+        if not 1 <= n_rows <= self.cache.batch:
+            raise RequestError(f"{n_rows} ids for {self.cache.batch} rows, expected at most one for each")
+        longest = int(self.cache.lengths[:n_rows].max())
+        for row_ids in ids[:, None]:
+            self._decoder.check_ids(row_ids, past=longest)
+        self.cache.reserve(longest + 1)
+        mask_length = self._decoder.memory.mask_length(longest + 1)
+        step = self.cache.buffers.steps.get((n_rows, mask_length))
+        if step is None:
+            step = self._bind(slice(0, n_rows), 1, mask_length=mask_length, keep=1)
+            self.cache.buffers.steps[n_rows, mask_length] = step
+        self._feed(step, ids[:, None], slice(0, n_rows), mask_length=mask_length)
+        self._decoder.run(self._decoder.session, step.binding, graph_id=step.graph_id)
+        self.cache.lengths[:n_rows] += 1
+        return self._wanted(step, wanted)
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for rows of `tokens` tokens; errors as `DeviceDecoder.borrow`."""
+        self.cache.reserve(tokens)
+
+    def _bind(self, rows: slice, n_new: int, *, mask_length: int, keep: int) -> _Step:
+        """Inputs and outputs of a run, on the device but for the number of logits, which is read on the host."""
+        decoder, config, n_rows = self._decoder, self._decoder.config, rows.stop - rows.start
+        binding = decoder.session.io_binding()
+        shapes = {INPUT_IDS: (n_rows, n_new), POSITION_IDS: (n_rows, n_new), ATTENTION_MASK: (n_rows, mask_length)}
+        inputs = {name: decoder.memory.on_device(np.zeros(shape, np.int64)) for name, shape in shapes.items()}
+        inputs[NUM_LOGITS_TO_KEEP] = load_onnxruntime().OrtValue.ortvalue_from_numpy(np.array([keep], np.int64))
+        for name, value in inputs.items():
+            binding.bind_ortvalue_input(name, value)
+        logits = decoder.memory.on_device(np.zeros((n_rows, keep, config.n_vocab), np.float32))
+        next_ids = decoder.memory.on_device(np.zeros((n_rows, keep), np.int64))
+        binding.bind_ortvalue_output(LOGITS, logits)
+        binding.bind_ortvalue_output(NEXT_IDS, next_ids)
+        shape = [n_rows, config.n_head, self.cache.capacity, config.head_dim]
+        for index, value in enumerate(self.cache.buffers.values):
+            layer, kind = divmod(index, len(CACHE_KINDS))
+            start = value.data_ptr() + self.cache.row_bytes() * rows.start
+            for name, bind in (
+                (past_name(layer, CACHE_KINDS[kind]), binding.bind_input),
+                (present_name(layer, CACHE_KINDS[kind]), binding.bind_output),
+            ):
+                bind(name, decoder.memory.device, decoder.memory.index, np.float16, shape, start)
+        return _Step(binding, inputs, logits, next_ids, next(decoder.graph_ids))
+
+    def _feed(self, step: _Step, ids: NDArray[np.int64], rows: slice, *, mask_length: int) -> None:
+        """Write ids [n, S], their positions and the mask [n, mask_length] where the run reads them."""
+        lengths, n_new = self.cache.lengths[rows, None], ids.shape[1]  # [n, 1]
+        step.inputs[INPUT_IDS].update_inplace(np.array(ids, np.int64, order="C"))
+        step.inputs[POSITION_IDS].update_inplace(lengths + np.arange(n_new))
+        mask = np.arange(mask_length) < lengths + n_new
+        step.inputs[ATTENTION_MASK].update_inplace(mask.astype(np.int64))
+
+    def _wanted(self, step: _Step, wanted: int | None) -> NDArray[np.float32]:
+        """Fetch what matters of a step's logits."""
+        if wanted == 1:
+            ids = step.next_ids.numpy()  # [n, 1]
+            logits = np.full((len(ids), self._decoder.config.n_vocab), -np.inf, np.float32)
+            np.put_along_axis(logits, ids, 0, axis=1)
+            return logits
+        if wanted is not None and self._decoder.top_k is not None:
+            picked = self._picked(step, wanted)
+            if picked is not None:
+                return picked
+        everything: NDArray[np.float32] = step.logits.numpy()[:, 0]
+        return everything
+
+    def _picked(self, step: _Step, wanted: int) -> NDArray[np.float32] | None:
+        """Logits [n, V] of which the largest were picked on the device; None where they do not hold all that matter.
+
+        Where the last one that matters equals the last one picked, others that equal it may not have been.
+        """
+        decoder, session = self._decoder, self._decoder.top_k
+        assert session is not None, "the caller looked"
+        binding = session.io_binding()
+        binding.bind_ortvalue_input(LOGITS, step.logits)
+        for name in (TOP_LOGITS, TOP_IDS):
+            binding.bind_output(name)  # to the CPU
+        session.run_with_iobinding(binding)
+        values, ids = binding.copy_outputs_to_cpu()  # [n, K] each, the largest first
+        n_picked = values.shape[1]
+        if wanted > n_picked or (n_picked < decoder.config.n_vocab and (values[:, wanted - 1] <= values[:, -1]).any()):
+            return None
+        logits = np.full((len(ids), decoder.config.n_vocab), -np.inf, np.float32)
+        np.put_along_axis(logits, ids, values, axis=1)
+        return logits
