@@ -27,7 +27,6 @@ from runtime.package import (
     MODEL_FILES,
     POSITION_IDS,
     Attention,
-    CacheType,
     Manifest,
     Precision,
 )
@@ -65,13 +64,9 @@ prompts and their greedy continuations (an alarm, not a benchmark):
     python -m runtime.generate FOLDER "Once upon a time"
     python -m runtime.verify FOLDER --full
 
-{other_clients}
+The folder also opens unmodified in optimum's ORTModelForCausalLM, in onnxruntime-genai and in transformers.js;
+gpt2-edge's README has the versions that were tried.
 """
-
-OTHER_CLIENTS: Mapping[CacheType, str] = {
-    "float32": "The folder also opens unmodified in optimum's ORTModelForCausalLM and in onnxruntime-genai.",
-    "int8": "No other client reads a package with int8 keys and values.",
-}
 
 WITHOUT_FEATURES = "; without, gpt2-edge's own runtime takes 7-bit activations, and other clients compute wrongly"
 
@@ -123,7 +118,6 @@ def write_model_card(folder: Path, manifest: Manifest) -> None:
         recipe="; ".join(manifest.recipe.values()),
         megabytes=size / 1e6,
         onnxruntime=needs.onnxruntime,
-        other_clients=OTHER_CLIENTS[manifest.kv_cache],
         processor=f", a processor with {' or '.join(needs.processor)}" if needs.processor else "",
         without_features=WITHOUT_FEATURES if needs.narrows else "",
     )

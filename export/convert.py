@@ -65,7 +65,7 @@ OLDEST_WITH_INT8_CACHE = "1.32.0"
 
 CACHE_RECIPES: Mapping[CacheType, str] = {
     "float32": "keys and values float32",
-    "int8": "keys and values int8, one scale per channel, for gpt2-edge's own runtime only",
+    "int8": "keys and values int8, one scale per channel",
 }
 
 RECIPES: Mapping[Precision, str] = {
@@ -139,7 +139,7 @@ def convert(
         force: replace a package that is there.
         allow_loss: publish even if quantization cost more than the bar allows.
         calibration: a text that quantization is measured on; where this is None, the model writes one.
-        kv_cache: what keys and values are stored as; int8 is a format that no other client reads.
+        kv_cache: what keys and values are stored as; int8 takes a quarter of the memory.
         progress: called as the work goes on.
     Raises:
         CheckpointError, TokenizerError, QuantizationError: the checkpoint is damaged, or not supported.
@@ -330,7 +330,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--kv-cache",
         choices=list(CACHE_ITEM_BYTES),
         default="float32",
-        help="what keys and values are stored as; int8 for long contexts, by our own runtime only",
+        help="what keys and values are stored as; int8 for long contexts",
     )
     parser.add_argument("--output", type=Path, metavar="DIR", help="default: packages/<name>-<precision>")
     parser.add_argument("--models-dir", type=Path, default=Path("models"), metavar="DIR", help="default: models")

@@ -45,6 +45,13 @@ def demo_int4(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def demo_int8_kv8(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo checkpoint in int8, its keys and values too: read only."""
+    output = tmp_path_factory.mktemp("packages") / "demo-int8-kv8"
+    return convert(DEMO_CHECKPOINT, output, precision="int8", kv_cache="int8").package
+
+
+@pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two layers of random weights with a tokenizer of bytes: it babbles, and ends a text now and then."""
     return bytes_checkpoint(tmp_path_factory.mktemp("checkpoints") / "tiny", n_vocab=BYTES_AND_END)

@@ -34,10 +34,8 @@ Capture = pytest.CaptureFixture[str]
 
 
 @pytest.fixture(scope="module")
-def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo checkpoint in int8, its keys and values too: read only."""
-    output = tmp_path_factory.mktemp("packages") / "demo-int8-kv8"
-    return convert(DEMO_CHECKPOINT, output, precision="int8", kv_cache="int8").package
+def package(demo_int8_kv8: Path) -> Path:
+    return demo_int8_kv8
 
 
 @pytest.fixture(scope="module")
