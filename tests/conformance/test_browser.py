@@ -47,7 +47,7 @@ TEXTS = PROMPTS[::2]
 TEXT = "The captain looked at the sea,\nand the sea"
 TEXT_TOKENS = 40
 GREEDY = {"New tokens": str(TEXT_TOKENS), "Temperature": "0"}
-LONG, STOP_AFTER = {"New tokens": "400", "Temperature": "1"}, 5
+LONG, STOP_AFTER = {"New tokens": "400", "Temperature": "0"}, 5
 
 WEBGPU_BUILD = "asyncify"
 """The build of onnxruntime's WebAssembly that transformers.js loads if it is left to itself."""
