@@ -27,7 +27,6 @@ from runtime.package import (
     MODEL_FILES,
     POSITION_IDS,
     Attention,
-    CacheType,
     Device,
     Manifest,
     Precision,
@@ -72,17 +71,13 @@ prompts and their greedy continuations (an alarm, not a benchmark):
 {other_clients}
 """
 
-OTHER_CLIENTS: Mapping[tuple[Device, CacheType], str] = {
-    ("cpu", "float32"): "The folder also opens unmodified in optimum's ORTModelForCausalLM and in onnxruntime-genai.",
-    ("cpu", "int8"): "No other client reads a package with int8 keys and values.",
-    (
-        "cuda",
-        "float16",
-    ): "Batches must be padded on the right, as onnxruntime-genai does. optimum and transformers.js pad "
-    "on the left, and get wrong numbers from this graph for all rows but the longest.",
-    ("tensorrt", "float16"): "Other clients have not been tried with this graph.",
+OTHER_CLIENTS: Mapping[Device, str] = {
+    "cpu": "The folder also opens unmodified in optimum's ORTModelForCausalLM, in onnxruntime-genai and in "
+    "transformers.js;\ngpt2-edge's README has the versions that were tried.",
+    "cuda": "Batches must be padded on the right, as onnxruntime-genai does. optimum and transformers.js pad on the "
+    "left, and\nget wrong numbers from this graph for all rows but the longest.",
+    "tensorrt": "Other clients have not been tried with this graph.",
 }
-
 WITHOUT_FEATURES = "; without, gpt2-edge's own runtime takes 7-bit activations, and other clients compute wrongly"
 
 ATTENTIONS: Mapping[Attention, str] = {
@@ -138,7 +133,7 @@ def write_model_card(folder: Path, manifest: Manifest) -> None:
         recipe="; ".join(manifest.recipe.values()),
         megabytes=size / 1e6,
         onnxruntime=needs.onnxruntime,
-        other_clients=OTHER_CLIENTS[manifest.device, manifest.kv_cache],
+        other_clients=OTHER_CLIENTS[manifest.device],
         processor=f", a processor with {' or '.join(needs.processor)}" if needs.processor else "",
         without_features=WITHOUT_FEATURES if needs.narrows else "",
     )

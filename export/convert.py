@@ -109,8 +109,7 @@ def convert(
         force: replace a package that is there.
         allow_loss: publish even if quantization cost more than the bar allows.
         calibration: a text that quantization is measured on; where this is None, the model writes one.
-        kv_cache: what keys and values are stored as, None as usual on the device; int8 is a format that no other client
-            reads.
+        kv_cache: what keys and values are stored as, None as usual on the device; int8 takes a quarter of the memory.
         progress: called as the work goes on.
     Raises:
         CheckpointError, TokenizerError, QuantizationError: the checkpoint is damaged, or not supported.
@@ -258,7 +257,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--kv-cache",
         choices=list(CACHE_ITEM_BYTES),
-        help="what keys and values are stored as; int8 for long contexts, by our own runtime only, on the CPU",
+        help="what keys and values are stored as; int8 for long contexts, on the CPU",
     )
     parser.add_argument("--output", type=Path, metavar="DIR", help="default: packages/<name>-<precision>[-<device>]")
     parser.add_argument("--models-dir", type=Path, default=Path("models"), metavar="DIR", help="default: models")

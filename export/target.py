@@ -49,7 +49,7 @@ RECIPES: Mapping[tuple[Device, Precision], str] = {
 CACHE_RECIPES: Mapping[CacheType, str] = {
     "float32": "keys and values float32",
     "float16": "keys and values float16",
-    "int8": "keys and values int8, one scale per channel, for gpt2-edge's own runtime only",
+    "int8": "keys and values int8, one scale per channel",
 }
 
 OLDEST_ONNXRUNTIME: Mapping[tuple[Device, Precision], str] = {

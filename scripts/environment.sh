@@ -1,4 +1,6 @@
-# Sourced by the other scripts: make_environment FOLDER REQUIREMENT... [--then REQUIREMENT...]
+# Sourced by the other scripts.
+
+# make_environment FOLDER REQUIREMENT... [--then REQUIREMENT...]
 # A virtual environment with these requirements, what stands behind --then installed after the rest. It is made again
 # only when pyproject.toml or the request changed.
 
@@ -24,4 +26,18 @@ make_environment() {
         fi
     done
     echo "$wanted" >"$folder/wanted"
+}
+
+# make_modules FOLDER
+# What the folder's package-lock.json names, in its node_modules, where npm is here. It is made again only when that file
+# changed.
+make_modules() {
+    local wanted
+    wanted=$(sha256sum <"$1/package-lock.json")
+    if ! command -v npm >/dev/null || [ "$(cat "$1/node_modules/wanted" 2>/dev/null)" = "$wanted" ]; then
+        return
+    fi
+    echo "installing into $1/node_modules" >&2
+    (cd "$1" && npm ci --ignore-scripts --no-audit --no-fund --loglevel=error >&2)
+    echo "$wanted" >"$1/node_modules/wanted"
 }

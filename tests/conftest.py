@@ -39,16 +39,16 @@ def demo_int8(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def demo_int8_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo checkpoint in int8, its keys and values too: read only."""
-    output = tmp_path_factory.mktemp("packages") / "demo-int8-kv8"
-    return convert(DEMO_CHECKPOINT, output, precision="int8", kv_cache="int8").package
-
-
-@pytest.fixture(scope="session")
 def demo_int4(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo checkpoint as an int4 package: read only."""
     return converted(DEMO_CHECKPOINT, tmp_path_factory.mktemp("packages"), "int4")
+
+
+@pytest.fixture(scope="session")
+def demo_int8_kv8(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo checkpoint in int8, its keys and values too: read only."""
+    output = tmp_path_factory.mktemp("packages") / "demo-int8-kv8"
+    return convert(DEMO_CHECKPOINT, output, precision="int8", kv_cache="int8").package
 
 
 @pytest.fixture(scope="session")

@@ -34,8 +34,8 @@ Capture = pytest.CaptureFixture[str]
 
 
 @pytest.fixture(scope="module")
-def package(demo_int8_cache: Path) -> Path:
-    return demo_int8_cache
+def package(demo_int8_kv8: Path) -> Path:
+    return demo_int8_kv8
 
 
 @pytest.fixture(scope="module")

@@ -33,8 +33,8 @@ def int8(demo_int8: Path) -> Decoder:
 
 
 @pytest.fixture(scope="module")
-def int8_cache(demo_int8_cache: Path) -> Decoder:
-    return open_decoder(open_package(demo_int8_cache))
+def int8_cache(demo_int8_kv8: Path) -> Decoder:
+    return open_decoder(open_package(demo_int8_kv8))
 
 
 @pytest.fixture(scope="module", params=["fp32", "int8", "int8_cache"])

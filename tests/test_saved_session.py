@@ -125,8 +125,8 @@ def test_numpy_reads_the_file_without_pickle(path: Path) -> None:
         }
 
 
-def test_an_int8_cache_is_saved_as_it_is(demo_int8_cache: Path, tmp_path: Path) -> None:
-    generator = TextGenerator.load(demo_int8_cache)
+def test_an_int8_cache_is_saved_as_it_is(demo_int8_kv8: Path, tmp_path: Path) -> None:
+    generator = TextGenerator.load(demo_int8_kv8)
     session = TextSession(generator)
     session.append([5, 6, 7])
     session.generate(max_new_tokens=1)

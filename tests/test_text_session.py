@@ -37,8 +37,8 @@ def int8(demo_int8: Path) -> TextGenerator:
 
 
 @pytest.fixture(scope="module")
-def int8_cache(demo_int8_cache: Path) -> TextGenerator:
-    return TextGenerator.load(demo_int8_cache)
+def int8_cache(demo_int8_kv8: Path) -> TextGenerator:
+    return TextGenerator.load(demo_int8_kv8)
 
 
 @pytest.fixture(scope="module", params=["fp32", "int8", "int8_cache"])

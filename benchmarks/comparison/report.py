@@ -198,17 +198,17 @@ def render_section(results: Sequence[Result]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def replace_section(readme: str, section: str) -> str:
+def replace_section(readme: str, section: str, begin: str = BEGIN, end: str = END) -> str:
     """The README with the text between the two markers replaced.
 
     Raises:
         RequestError: the markers are not there, once each and in order.
     """
-    before, begin, rest = readme.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end) or BEGIN in rest or END in after:
+    before, began, rest = readme.partition(begin)
+    _, ended, after = rest.partition(end)
+    if not (began and ended) or begin in rest or end in after:
         raise RequestError(
-            f"README.md: expected one line {BEGIN.strip()} and after it one {END.strip()}; put them back"
+            f"README.md: expected one line {begin.strip()} and after it one {end.strip()}; put them back"
         )
     return f"{before}{begin}\n{section}\n{end}{after}"
 

@@ -26,7 +26,10 @@ from runtime.sampling import SamplingOptions
 from runtime.text_generator import TextGenerator, open_decoder
 from tests.conftest import DEMO_CHECKPOINT
 
-from .conftest import encode, file_digests, greedy_batch, our_greedy_ids
+from .conftest import assert_ours_but_for_ties, encode, file_digests, greedy_batch, our_greedy_ids
+from .programs import in_node, require
+from .test_genai import genai_ids
+from .test_optimum import optimum_ids
 
 RAGGED_STEP: dict[Precision, float] = {"fp32": 1e-4, "int8": 0.6}
 """A row decoded beside longer ones, whose masked keys reorder attention's sums: measured fp32 1.4e-5; int8 9e-6, where
@@ -115,6 +118,20 @@ def test_a_tied_head_is_stored_once(adopted_fp32: Path, demo_fp32: Path) -> None
 def test_the_fp32_greedy_ids_are_those_of_our_own_graph(adopted_fp32: Path, demo_fp32: Path) -> None:
     prompts = encode(demo_fp32)
     assert our_greedy_ids(adopted_fp32, prompts, 24) == our_greedy_ids(demo_fp32, prompts, 24)
+
+
+def test_other_clients_continue_prompts_as_we_do(adopted: Path, genai: Any, optimum: Any, torch: Any) -> None:
+    """All but ties: how onnxruntime-genai grows its cache is its own affair."""
+    require("node")
+    prompts = encode(adopted)[:4]
+    by_optimum, by_genai = optimum.ORTModelForCausalLM.from_pretrained(adopted), genai.Model(str(adopted))
+    written = {
+        "optimum": [optimum_ids(torch, by_optimum, [prompt], 24)[0] for prompt in prompts],
+        "onnxruntime-genai": [genai_ids(genai, by_genai, [prompt], 24) for prompt in prompts],
+        "transformers.js": in_node(adopted, ["greedy"], prompts, 24)["greedy"],
+    }
+    for ids in written.values():
+        assert_ours_but_for_ties(adopted, prompts, ids)
 
 
 def test_int8_costs_what_it_costs_our_own_graph(adopted_int8: Path) -> None:

@@ -11,22 +11,16 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from export.checkpoint import canonical_shapes
 from export.convert import convert
-from runtime.config import GPT2Config
 from runtime.decoder import Decoder
 from runtime.package import open_package
 from runtime.text_generator import open_decoder
 from tests.conftest import DEMO_CHECKPOINT
-from tests.tiny import write_safetensors_checkpoint
 
 from .conftest import NEW_TOKENS, encode, greedy_batch, our_greedy_ids
 
 CHUNK_TOKENS = 7
 """A small piece of a prompt, and no divisor of anything here."""
-
-WEIGHT_STD = 0.05
-"""At GPT-2's own 0.02 a random model repeats itself: 6 to 23 different ids among 64. Here it is 28 to 43."""
 
 LARGEST_ERROR = 2e-5
 """Between two correct float32 implementations, in logits. Measured: 1e-5 at most (random 124M against the oracle)."""
@@ -49,19 +43,14 @@ def demo_by_torch(transformers: Any, torch: Any, demo_prompts: list[Int64Array])
 
 
 @pytest.fixture(scope="module")
-def random_124m(tmp_path_factory: pytest.TempPathFactory, transformers: Any) -> Iterator[tuple[Decoder, Any]]:
-    """124M of random weights, as our package and as torch's model; the files are gone as soon as both have read them.
-
-    The demo's vocabulary serves: the ids above it have no text, and none is asked for.
-    """
-    config = GPT2Config(n_layer=12, n_head=12, n_embd=768, n_ctx=1024, n_vocab=50257, n_inner=3072, eos_token_id=50256)
+def random_124m(
+    random_124m_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory, transformers: Any
+) -> Iterator[tuple[Decoder, Any]]:
+    """124M of random weights, as our package and as torch's model; the package is gone as soon as it was read."""
     folder = tmp_path_factory.mktemp("random-124M")
-    write_safetensors_checkpoint(
-        folder / "checkpoint", config, _random_weights(config, seed=0), tokenizer_dir=DEMO_CHECKPOINT
-    )
-    package = convert(folder / "checkpoint", folder / "package", precision="fp32").package
+    package = convert(random_124m_checkpoint, folder / "package", precision="fp32").package
     decoder = open_decoder(open_package(package))
-    model = transformers.GPT2LMHeadModel.from_pretrained(folder / "checkpoint").eval()
+    model = transformers.GPT2LMHeadModel.from_pretrained(random_124m_checkpoint).eval()
     yield decoder, model
     del decoder, model
     shutil.rmtree(folder)
@@ -152,16 +141,6 @@ def test_no_choice_here_is_a_matter_of_rounding(
         second, first = np.partition(logits, -2, axis=-1)[:, -2:].T
         assert (first - second).min() > 2 * LARGEST_ERROR
         assert len(set(row.tolist())) > NEW_TOKENS // 4
-
-
-def _random_weights(config: GPT2Config, seed: int) -> dict[str, NDArray[np.float32]]:
-    rng = np.random.default_rng(seed)
-    weights = {}
-    for name, shape in canonical_shapes(config).items():
-        values = np.float32(WEIGHT_STD) * rng.standard_normal(shape, dtype=np.float32)
-        is_gain = ".ln_" in f".{name}" and name.endswith(".weight")
-        weights[name] = values + np.float32(1) if is_gain else values
-    return weights
 
 
 def _generate(torch: Any, model: Any, prompt: Int64Array) -> list[int]:
