@@ -15,8 +15,10 @@ from onnx import TensorProto, helper, numpy_helper
 from quantization.int8 import ZERO_POINT
 from runtime.decoder import Decoder
 from runtime.package import Manifest
+from runtime.place import CPU
 from runtime.processor import available_processors
-from runtime.session import FATAL_ONLY
+from runtime.receipt import RECORD, prove
+from runtime.session import FATAL_ONLY, Opened
 from runtime.wheel import load_onnxruntime
 
 
@@ -32,6 +34,7 @@ def stand_in_decoder(model_path: Path, manifest: Manifest) -> Decoder:
     options.log_severity_level = FATAL_ONLY
     # Source: onnxruntime_session_options_config_keys.h
     options.add_session_config_entry("session.disable_quant_qdq", "1")
+    options.add_session_config_entry(*RECORD)
     model = onnx.load(model_path, load_external_data=False)
     spread = [each for node in model.graph.node for each in _without_byte_blocks(node)]
     del model.graph.node[:]
@@ -44,7 +47,8 @@ def stand_in_decoder(model_path: Path, manifest: Manifest) -> Decoder:
         session = ort.InferenceSession(str(changed_path), options, providers=["CPUExecutionProvider"])
     finally:
         changed_path.unlink(missing_ok=True)
-    return Decoder(session, manifest.config, manifest.attention, manifest.kv_cache)
+    opened = Opened(session, prove(session, CPU, None))
+    return Decoder(opened, manifest.config, manifest.attention, manifest.kv_cache)
 
 
 def _without_byte_blocks(node: onnx.NodeProto) -> Iterator[onnx.NodeProto]:

@@ -139,7 +139,7 @@ def test_an_error_may_be_returned_and_the_others_go_on(tiny: TextGenerator) -> N
     assert [bool(result.samples) for result in results] == [True, False, False, True, False, False]
     assert [str(result.error).split(",")[0] for result in results] == [
         "None",
-        "max_new_tokens is 0",
+        "stopping options: max_new_tokens is 0",
         "text: holds U+D800",
         "None",
         "token ids are no array (object of type 'NoneType' has no len())",

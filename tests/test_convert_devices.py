@@ -76,7 +76,7 @@ def test_other_clients_are_told_the_device(demo: Path) -> None:
 def test_a_package_for_another_device_does_not_load_as_one_for_the_cpu(demo: Path) -> None:
     device = open_package(demo).manifest.device
     with pytest.raises(DeviceError, match=f"was made for {device}, asked for cpu"):
-        TextGenerator.load(demo)
+        TextGenerator.load(demo, device="cpu")
 
 
 def test_the_command_makes_fp16_for_cuda_and_says_where_it_was_measured(

@@ -10,10 +10,7 @@ import numpy as np
 import pytest
 
 from runtime import huge_pages
-from runtime.decoder import Decoder
-from runtime.huge_pages import LEAST_BYTES, gather, private_regions
-
-from .tiny import tiny_config
+from runtime.huge_pages import LEAST_BYTES, Gathering, gather, private_regions
 
 SIZE = 3 * LEAST_BYTES
 
@@ -86,5 +83,5 @@ def test_a_region_that_is_gone_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> N
     gather(since=()).wait()
 
 
-def test_a_decoder_without_a_thread_has_settled() -> None:
-    Decoder(None, tiny_config()).settle()  # type: ignore[arg-type]
+def test_where_nothing_moves_nothing_is_waited_for() -> None:
+    Gathering((), 1 << 21).wait()
