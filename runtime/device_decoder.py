@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from .config import GPT2Config
 from .decoder import CHUNK_TOKENS, Decoder, pieces
 from .device_memory import DeviceCache, DeviceMemory
-from .errors import MachineError, RequestError
+from .errors import MachineError, PackageError, RequestError
 from .package import (
     ATTENTION_MASK,
     CACHE_KINDS,
@@ -84,7 +84,11 @@ class DeviceDecoder(Decoder):
     @classmethod
     def of_package(cls, package: Package, place: Place, *, threads: int | None = None) -> DeviceDecoder:
         """Open a package for CUDA; errors as `session.open_session`."""
-        opened = open_session(package.model_path, place=place, threads=threads, provider_settings=CAPTURING)
+        try:
+            opened = open_session(package.model_path, place=place, threads=threads, provider_settings=CAPTURING)
+        except PackageError:
+            open_session(package.model_path, place=place, threads=threads)  # without capture the nodes are named
+            raise
         top_k = open_session(package.folder / TOP_K_MODEL, place=place, threads=threads)
         return cls(opened, package.manifest.config, top_k=top_k.session, device=place.device, index=place.index)
 

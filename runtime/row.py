@@ -294,10 +294,13 @@ def as_ids(ids: Prompt) -> NDArray[np.int64]:
 
 def _check_values(request: Request) -> None:
     """Refuse what is out of range for any prompt and any model."""
-    for name, least in (("num_return_sequences", 1), ("num_beams", 1), ("top_logprobs", 0)):
+    for name in ("num_return_sequences", "num_beams"):
         value = getattr(request, name)
-        if (value is not None or name != "top_logprobs") and (type(value) is not int or value < least):
-            raise RequestError(f"{name} is {value!r}, expected a whole number, {least} or more")
+        if type(value) is not int or value < 1:
+            raise RequestError(f"{name} is {value!r}, expected a whole number above 0")
+    top = request.top_logprobs
+    if top is not None and (type(top) is not int or top < 0):
+        raise RequestError(f"top_logprobs is {top!r}, expected a whole number from 0 up, or None for none")
     if request.num_beams == 1 and (request.length_penalty != 1 or request.early_stopping is not False):
         raise RequestError(
             "length_penalty and early_stopping are for beam search; ask for num_beams too, or leave them"

@@ -143,7 +143,7 @@ def test_json_is_one_object_with_the_samples(demo_int8: Path, capsys: pytest.Cap
     assert result["seed"] == 5
     assert len(result["samples"]) == 2
     for sample in result["samples"]:
-        assert set(sample) == {"text", "ids", "finish_reason", "stats"}
+        assert set(sample) == {"text", "ids", "finish_reason", "stats", "logprobs", "beam_score"}
         assert set(sample["stats"]) == {
             "prompt_tokens",
             "new_tokens",
@@ -295,7 +295,7 @@ def test_a_value_out_of_range_is_one_line_and_status_2(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--greedy", "--temperature", "1"], "--greedy takes no --temperature, --top-k, --top-p or --seed"),
+        (["--greedy", "--temperature", "1"], "--greedy takes no --temperature;"),
         (["--greedy", "--seed", "0"], "--greedy takes no"),
         (["a prompt", "--interactive"], "--interactive takes no PROMPT and no --json"),
         (["--interactive", "--json"], "--interactive takes no PROMPT and no --json"),
