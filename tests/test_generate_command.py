@@ -151,6 +151,7 @@ def test_json_is_one_object_with_the_samples(demo_int8: Path, capsys: pytest.Cap
             "decode_tokens_per_s",
             "itl_ms",
             "reencoded",
+            "speculation",
         }
         assert len(sample["ids"]) == 6
 
