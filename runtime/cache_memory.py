@@ -39,7 +39,7 @@ class CacheMemory:
             block = np.zeros(with_spare if with_spare <= self._most_bytes else n_bytes, np.uint8)
         # Parts of an array over a buffer refer to this array, whose end is so the end of them all.
         lent = np.frombuffer(block.data, dtype, count=n_items)
-        weakref.finalize(lent, self._keep, block)
+        weakref.finalize(lent, self._keep, block).atexit = False  # at the exit arrays in use are finalized too
         return lent
 
     def _take(self, n_bytes: int) -> NDArray[np.uint8] | None:

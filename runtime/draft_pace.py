@@ -57,7 +57,7 @@ WATCH_SHARE = 0.01
 
 
 class RunCosts:
-    """Milliseconds of a run by its number of new tokens, learned from runs."""
+    """Milliseconds of a run by its number of new tokens, learned from runs. Threads may share it."""
 
     def __init__(self) -> None:
         self._ms: dict[int, float] = {}
@@ -65,6 +65,7 @@ class RunCosts:
         self._all_runs = 0
         self._last_run: dict[int, int] = {}  # of all runs, by size
         self._sizes: list[int] = []  # the keys of _ms in order
+        self._lock = Lock()
 
     def settled(self, tokens: int) -> bool:
         """Whether runs of this size were seen often enough to build on: the first of a size is slower than others."""
@@ -72,6 +73,10 @@ class RunCosts:
 
     def observe(self, tokens: int, ms: float) -> None:
         """Learn from a run of `tokens` new tokens."""
+        with self._lock:
+            self._observe(tokens, ms)
+
+    def _observe(self, tokens: int, ms: float) -> None:
         size = _size(tokens)
         ms *= size / tokens
         if not self._runs[size]:
@@ -91,6 +96,10 @@ class RunCosts:
 
         Of a size that was measured, at most what a larger one takes: it may have been measured on a busier machine.
         """
+        with self._lock:
+            return self._expected(tokens)
+
+    def _expected(self, tokens: int) -> float:
         sizes = self._sizes
         place = bisect_left(sizes, tokens)
         if tokens in self._ms:

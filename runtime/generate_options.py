@@ -7,15 +7,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast, get_args
 
 from .command_line import CommandLineParser, add_device
-from .prompt_file import with_options
+from .prompt_file import DRAWN, with_options
 from .request import Overflow, RequestOptions
 from .sampling import SamplingOptions
 from .stopping import DEFAULT_NEW_TOKENS
 from .text_generator import DEFAULT_BATCH_SIZE
 from .truncation import Rule
-
-DRAWN = ("temperature", "top_k", "top_p", "min_p", "typical_p", "rule", "seed")
-"""Options that are of account where tokens are sampled."""
 
 EDITS = ("repetition_penalty", "presence_penalty", "frequency_penalty", "no_repeat_ngram_size")
 """Options that change the logits, sampled from or not."""
@@ -142,5 +139,7 @@ def _refuse_combinations(parser: CommandLineParser, options: argparse.Namespace)
         parser.error("--batch and --as-ready are for --prompts FILE")
     if options.prompts is not None and (options.prompt or options.interactive or options.json or options.stats):
         parser.error("--prompts takes no PROMPT, --interactive, --json or --stats: its lines are JSON, with statistics")
+    if options.prompts is not None and (options.draft or options.prompt_lookup or options.exact):
+        parser.error("--draft, --prompt-lookup and --exact are for one PROMPT at a time, not for --prompts")
     if options.top_logprobs is not None and not (options.json or options.prompts):
         parser.error("--top-logprobs is for --json and --prompts")

@@ -17,6 +17,8 @@ from .request import Request
 from .sampling import UINT64_MASK, SamplingOptions
 
 SAMPLING_NAMES = frozenset(field.name for field in fields(SamplingOptions))
+DRAWN = ("temperature", "top_k", "top_p", "min_p", "typical_p", "rule", "seed")
+"""Of them, those that are of account only where tokens are sampled."""
 REQUEST_NAMES = frozenset(field.name for field in fields(Request)) - {"sampling", "logits_processor", "cancel"}
 
 
@@ -38,12 +40,12 @@ def read_requests(lines: Iterable[bytes], default: Request) -> Iterator[Request 
 
 
 def with_options(sampling: SamplingOptions, given: Mapping[str, Any]) -> SamplingOptions:
-    """Replace some options; whoever names one, but not do_sample, wants to sample.
+    """Replace some options; whoever names one of `DRAWN`, but not do_sample, wants to sample.
 
     Raises:
         RequestError: a value is out of range.
     """
-    return replace(sampling, **{"do_sample": sampling.do_sample or bool(given), **given})
+    return replace(sampling, **{"do_sample": sampling.do_sample or any(name in given for name in DRAWN), **given})
 
 
 def _with_seed_of_line(default: Request, index: int) -> Request:
@@ -62,7 +64,7 @@ def _request(line: bytes, default: Request) -> Request:
         return replace(default, prompt=text)
     try:
         options: dict[str, Any] = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RequestError(f"begins with {{ but is no JSON object ({error}); mend it") from error
     if unknown := sorted(options.keys() - SAMPLING_NAMES - REQUEST_NAMES):
         known = ", ".join(sorted(SAMPLING_NAMES | REQUEST_NAMES))

@@ -164,7 +164,7 @@ class Row:
         logits = logits[: job.tokenizer.n_vocab]  # an embedding may have more rows: padding
         logits = job.processors.apply(logits, ids=ids, prompt_length=len(job.prompt))
         if logits_processor is not None:
-            logits = logits_processor(ids, logits)
+            logits = _processed(logits_processor(ids, logits), n_vocab=job.tokenizer.n_vocab)
         uniform = random_uniform(job.seed, self.sample, len(ids)) if job.sampling.do_sample else 0.0
         return choose_token(logits, job.sampling, uniform)
 
@@ -217,6 +217,20 @@ class Row:
             reencoded=self.reencoded,
             speculation=self.speculation,
         )
+
+
+def _processed(logits: object, *, n_vocab: int) -> NDArray[np.float32]:
+    """What a logits_processor gave back, float32 whatever numbers it computed in.
+
+    Raises:
+        RequestError: it is no row of n_vocab numbers, or none of them can be chosen.
+    """
+    if not isinstance(logits, np.ndarray) or logits.shape != (n_vocab,) or logits.dtype.kind not in "fiu":
+        found = f"{logits.dtype} {logits.shape}" if isinstance(logits, np.ndarray) else type(logits).__name__
+        raise RequestError(f"logits_processor returned {found}, expected the logits, float32 ({n_vocab},)")
+    if logits.max() == -np.inf:
+        raise RequestError("logits_processor forbids every token: it returned -inf alone; have it leave one")
+    return logits.astype(np.float32, copy=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -298,6 +312,10 @@ def _check_values(request: Request) -> None:
         value = getattr(request, name)
         if type(value) is not int or value < 1:
             raise RequestError(f"{name} is {value!r}, expected a whole number above 0")
+    for name in ("prompt_lookup", "exact"):
+        value = getattr(request, name)
+        if type(value) is not bool:
+            raise RequestError(f"{name} is {value!r}, expected true or false")
     top = request.top_logprobs
     if top is not None and (type(top) is not int or top < 0):
         raise RequestError(f"top_logprobs is {top!r}, expected a whole number from 0 up, or None for none")

@@ -35,7 +35,7 @@ from .sampling import UINT64_MASK, SamplingOptions
 SESSION_FORMAT_VERSION = 1
 
 ARRAYS = ("state", "ids", "generated", "past")
-STATE_LIMIT_BYTES = 1 << 16
+STATE_LIMIT_BYTES = 1 << 20
 DIRECTORY_LIMIT_BYTES = 1 << 12
 """Of the zip's list of members: four take 300."""
 HEADER_LIMIT_BYTES = 1 << 10
@@ -80,13 +80,19 @@ def write_session(path: Path, saved: SavedSession, manifest: Manifest) -> None:
         "sample": saved.sample,
         "sampling": asdict(saved.sampling),
     }
+    spelled = json.dumps(state).encode()
+    if len(spelled) > STATE_LIMIT_BYTES:
+        raise RequestError(
+            f"{path}: the session's sampling options take {len(spelled):,} bytes, a session file holds up to "
+            f"{STATE_LIMIT_BYTES:,}; save it with fewer of sequence_bias and bad_words_ids"
+        )
     unfinished = path.parent / f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.unfinished"
     try:
         try:
             with unfinished.open("xb") as file:
                 np.savez(
                     file,
-                    state=np.frombuffer(json.dumps(state).encode(), np.uint8),
+                    state=np.frombuffer(spelled, np.uint8),
                     ids=saved.ids,
                     generated=saved.generated.astype(np.uint8),
                     past=saved.past,

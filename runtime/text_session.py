@@ -23,7 +23,7 @@ from .request import LogitsProcessor, Prompt, Request, Sample
 from .row import Row, as_ids, prepare
 from .sampling import UINT64_MASK, SamplingOptions, fresh_seed
 from .saved_session import SavedSession, read_session, write_session
-from .stopping import DEFAULT_NEW_TOKENS
+from .stopping import DEFAULT_NEW_TOKENS, GrowingText
 from .text_generator import TextGenerator
 
 
@@ -112,6 +112,7 @@ class TextSession:
                 f"{self._generator.config.n_ctx}; append at most {self.tokens_left}, or rewind the session"
             )
         self._generator.decoder.check_ids(ids, past=len(self._ids))
+        self._forget(beyond=self._known)  # where the model chose an end, it has run the last token: alone
         self._ids += ids.tolist()
         self._generated += [False] * len(ids)
 
@@ -292,9 +293,11 @@ class TextSession:
         return self._prefix_cache.prefill(self._decoding, 0, ids)
 
     def _stream(self, row: Row) -> Iterator[str]:
-        decoder = self._generator.tokenizer.stream()
+        text = GrowingText(row.job.tokenizer, row.job.stopping.stop_strings)
         for token_id in self._chosen(row):
-            if text := decoder.push(token_id):
-                yield text
-        if text := decoder.finish():
-            yield text
+            text.push(token_id)
+            if fresh := text.read():
+                yield fresh
+        text.finish()
+        if fresh := text.read():
+            yield fresh

@@ -101,3 +101,16 @@ def test_what_is_wrong_with_a_line_stands_in_its_place(line: str | bytes, messag
     assert isinstance(error, GPT2EdgeError)
     assert message in str(error)
     assert [request.prompt for request in (before, after) if isinstance(request, Request)] == ["a", "b"]
+
+
+def test_a_penalty_leaves_greedy_greedy() -> None:
+    default = Request(sampling=SamplingOptions.greedy())
+    for options in ({"no_repeat_ngram_size": 3}, {"repetition_penalty": 1.2}, {"bad_words_ids": [[1]]}):
+        (request,) = read(json.dumps({"prompt": "a"} | options), default=default)
+        assert isinstance(request, Request) and request.sampling is not None
+        assert not request.sampling.do_sample
+
+
+def test_a_line_nested_without_end_is_an_error_of_its_own() -> None:
+    first, second = read('{"prompt":' + "[" * 100_000, "b")
+    assert isinstance(first, GPT2EdgeError) and isinstance(second, Request)

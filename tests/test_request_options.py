@@ -154,6 +154,7 @@ def test_a_prefix_cache_leaves_the_text_as_it_is(demo_int8: Path, int8: TextGene
         ({"num_beams": 0}, "num_beams is 0, expected a whole number above 0"),
         ({"top_logprobs": -1}, "top_logprobs is -1, expected a whole number from 0 up"),
         ({"prompt_lookup": True, "num_return_sequences": 2}, "for one sample at a time, num_return_sequences is 2"),
+        ({"prompt_lookup": "no"}, "prompt_lookup is 'no', expected true or false"),
         ({"stop_strings": ""}, "stop_strings is '', expected strings of at least one character"),
         ({"eos_token_id": 10**6}, "expected 0 to"),
     ],
@@ -210,7 +211,22 @@ def test_the_command_line_refuses_what_contradicts(demo_fp32: Path, capsys: pyte
     for options, message in (
         (["--greedy", "--min-p", "0.1"], "--greedy takes no --min-p"),
         (["--top-logprobs", "2"], "--top-logprobs is for --json and --prompts"),
+        (["--prompts", "-", "--draft", "other"], "--draft, --prompt-lookup and --exact are for one PROMPT at a time"),
     ):
         with pytest.raises(SystemExit) as ended:
-            main([str(demo_fp32), PROMPT, *options])
+            main([str(demo_fp32), *([] if "--prompts" in options else [PROMPT]), *options])
         assert ended.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_what_a_callback_returns_is_checked(fp32: TextGenerator) -> None:
+    top_p = SamplingOptions(seed=3, top_p=0.9)
+    expected = fp32.generate(PROMPT, sampling=top_p, max_new_tokens=8).text
+    wide = fp32.generate(PROMPT, sampling=top_p, max_new_tokens=8, logits_processor=lambda _, x: x.astype(np.float64))  # type: ignore[arg-type, return-value]
+    assert wide.text == expected
+    for returned, message in (
+        (lambda _, x: None, "logits_processor returned NoneType, expected the logits, float32"),
+        (lambda _, x: x[:-1], "logits_processor returned float32 "),
+        (lambda _, x: np.full_like(x, -np.inf), "logits_processor forbids every token"),
+    ):
+        with pytest.raises(RequestError, match=message):
+            fp32.generate(PROMPT, max_new_tokens=2, logits_processor=returned)

@@ -240,7 +240,7 @@ def huge_ids(arrays: Arrays) -> None:
         (lambda a: a.update(past=np.repeat(a["past"], 2, axis=2)), "past.npy is <f4 [4, 2, 14, 16]"),
         (lambda a: a.update(past=a["past"] * np.nan), "past holds numbers that are not finite"),
         (lambda a: a.update(state=a["state"][1:]), "is no whole session file"),
-        (lambda a: a.update(state=np.zeros(70000, np.uint8)), "state.npy is |u1 [70000], expected |u1 [0 to 65536]"),
+        (lambda a: a.update(state=np.zeros(1048577, np.uint8)), "state.npy is |u1 [1048577], expected |u1 [0 to"),
         (lambda a: a.update(state=np.frombuffer(b"[" * 60000, np.uint8)), "is no whole session file"),
         (lambda a: a.update(state=np.frombuffer(b"[1]", np.uint8)), "session format version None"),
     ],

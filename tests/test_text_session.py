@@ -417,3 +417,31 @@ def test_options_out_of_range_are_refused_when_asked_for(
         with pytest.raises(RequestError, match=message):
             method(**options)
     assert session.ids == ()
+
+
+def test_after_an_end_of_text_a_fork_goes_on_as_the_session(demo_int8: Path) -> None:
+    generator = TextGenerator.load(demo_int8)
+    end = generator.config.eos_token_id
+    for seed in range(12):
+        session = TextSession(generator, sampling=SamplingOptions(seed=seed))
+        session.append("It was a dark and stormy night")
+        written = len(session.ids) + 5
+
+        def ends(ids: Sequence[int], logits: NDArray[np.float32], at: int = written) -> NDArray[np.float32]:
+            if len(ids) == at:
+                logits[:] = -np.inf
+                logits[end] = 0
+            return logits
+
+        assert session.generate(max_new_tokens=9, logits_processor=ends).finish_reason == "stop"
+        fork = session.fork()
+        first: list[NDArray[np.float32]] = []
+
+        def keep(_ids: Sequence[int], logits: NDArray[np.float32], kept: list[Any] = first) -> NDArray[np.float32]:
+            kept.append(logits.copy())
+            return logits
+
+        for each in (session, fork):
+            each.append(" and then the dog")
+            each.generate(max_new_tokens=1, logits_processor=keep)
+        assert np.array_equal(*first)
