@@ -16,6 +16,9 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper, numpy_helper, save
 
+from export.convert import convert
+from runtime.package import Precision
+
 from .gpu_wheel import ROOT, made_for, python_of, run
 from .stub_cuda.build import build_stub
 
@@ -142,6 +145,21 @@ def test_a_package_of_the_cpus_operators_is_refused(
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert " 8 MatMulIntegerToFloat (h.0.attn.c_attn" in done.stderr
     assert "convert the checkpoint with --device cuda" in done.stderr
+
+
+@pytest.mark.parametrize("options", [["--greedy"], ["--top-k", "0"], ["--repetition-penalty", "1.2"]])
+@pytest.mark.parametrize("precision", ["fp16", "int8", "int4"])
+def test_a_package_for_cuda_is_opened_captured_and_decoded_there(
+    run_on_stub: Run, tiny_checkpoint: Path, tmp_path: Path, precision: Precision, options: list[str]
+) -> None:
+    """Kernels that do nothing leave logits of 0, so what is written means nothing; that it is, shows the wiring."""
+    package = convert(tiny_checkpoint, tmp_path / "package", precision=precision, device="cuda").package
+    done = run_on_stub("-m", "runtime.generate", package, "a", "--max-new-tokens", "5", "--json", *options)
+    assert done.stderr == ""
+    result = json.loads(done.stdout)
+    assert result["receipt"]["providers"][0] == "CUDAExecutionProvider"
+    assert result["receipt"]["copies"] == 0
+    assert len(result["samples"][0]["ids"]) == 5 or result["samples"][0]["finish_reason"] == "stop"
 
 
 @pytest.mark.parametrize(
