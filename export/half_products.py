@@ -76,6 +76,26 @@ class HalfProducts:
         return HalfTable(graph, name, table, standard=self._standard)
 
 
+class HalfBlockTable(BlockTable):
+    """Blocks whose scales are float16; CUDA dequantizes the rows that it picks in one kernel."""
+
+    _scale_dtype = np.float16
+    _accuracy_level = OWN_ACCUMULATION
+
+    def _dequantized(self, graph: GraphBuilder, ids: str) -> str:
+        scale = graph.node("Unsqueeze", [self._scale, graph.constant([2], np.int64)], f"{self._name}/block_scale")
+        return graph.node(
+            "GatherBlockQuantized",
+            [self._values, ids, scale],
+            f"{self._name}/blocks",  # [B, S, blocks, size] float16
+            domain=MICROSOFT,
+            bits=self._blocks.bits,
+            block_size=self._blocks.size,
+            gather_axis=0,
+            quantize_axis=2,
+        )
+
+
 class WeightOnlyProducts:
     """Blocks of codes whose scales are float16, dequantized as they are multiplied."""
 
@@ -94,7 +114,7 @@ class WeightOnlyProducts:
             assert blocks.column_scale is None, "where activations are not rounded, nothing is to be evened out"
             blocks = blocks.blocks
         assert isinstance(blocks, Blocks), f"{name} is a table"
-        return BlockTable(graph, name, TokenTable(_padded(blocks)), scale_dtype=np.float16)
+        return HalfBlockTable(graph, name, TokenTable(_padded(blocks)))
 
 
 def _padded(blocks: Blocks) -> Blocks:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Protocol, TypeAlias
 
 import numpy as np
+from onnx import TensorProto
 
 from quantization.blocks import Blocks
 from quantization.int8 import Int8Columns
@@ -71,44 +72,27 @@ class Fp32Products:
 
 
 class BlockTable:
-    """Blocks along D, which MatMulNBits and GatherBlockQuantized read alike.
-
-    Its rows, and what they are multiplied by, are of the type of its scales; float32 is multiplied as int8.
+    """Blocks along D, which MatMulNBits reads as they are; the embedding picks rows of them, and dequantizes those.
 
     A column scale is the head's concern: its input was multiplied by it where it was made, in the last layer norm. The
     embedding has to multiply by it.
     """
 
-    def __init__(
-        self,
-        graph: GraphBuilder,
-        name: str,
-        table: TokenTable,
-        *,
-        scale_dtype: type[np.float32] | type[np.float16] = np.float32,
-    ) -> None:
+    _scale_dtype: type[np.float32] | type[np.float16] = np.float32  # that of the rows, and of what the head multiplies
+    _accuracy_level = INT8_ACCUMULATION
+
+    def __init__(self, graph: GraphBuilder, name: str, table: TokenTable) -> None:
         self._name = name
         self._blocks = table.blocks
-        self._accuracy_level = INT8_ACCUMULATION if scale_dtype is np.float32 else OWN_ACCUMULATION
         self._values = graph.weight(name, table.blocks.values)  # [V, blocks, bytes] uint8
-        self._scale = graph.weight(f"{name}.scale", table.blocks.scale.astype(scale_dtype))  # [V, blocks]
+        self._scale = graph.weight(f"{name}.scale", table.blocks.scale.astype(self._scale_dtype))  # [V, blocks]
         self._column_scale = (
             None if table.column_scale is None else graph.weight(f"{name}.column_scale", table.column_scale)
         )
 
     def embed(self, graph: GraphBuilder, ids: str) -> str:
         size, n_columns = self._blocks.size, self._blocks.n_columns
-        scale = graph.node("Unsqueeze", [self._scale, graph.constant([2], np.int64)], f"{self._name}/block_scale")
-        blocks = graph.node(
-            "GatherBlockQuantized",
-            [self._values, ids, scale],
-            f"{self._name}/blocks",  # [B, S, blocks, size]
-            domain=MICROSOFT,
-            bits=self._blocks.bits,
-            block_size=size,
-            gather_axis=0,
-            quantize_axis=2,
-        )
+        blocks = self._dequantized(graph, ids)
         rows = graph.node("Reshape", [blocks, graph.constant([0, 0, -1], np.int64)], f"{self._name}/rows")
         if n_columns % size:
             bounds = [graph.constant([bound], np.int64) for bound in (0, n_columns, 2)]  # start, end, axis
@@ -116,6 +100,31 @@ class BlockTable:
         if self._column_scale is None:
             return rows
         return graph.node("Mul", [rows, self._column_scale], f"{self._name}/embedded")
+
+    def _dequantized(self, graph: GraphBuilder, ids: str) -> str:
+        """ids [B, S] -> (code - 2^(bits - 1)) * scale of their rows, [B, S, blocks, size] float32.
+
+        In ONNX's own operators: GatherBlockQuantized would be one node instead of six or twelve, at the same speed,
+        but onnxruntime-web's builds for WebGPU have no processor kernel of it. The scales are picked before they are
+        unsqueezed: the other way round, onnxruntime would keep a second copy of them.
+        """
+        picked = graph.node("Gather", [self._values, ids], f"{self._name}/picked")  # [B, S, blocks, bytes] uint8
+        codes = self._unpacked(graph, picked) if self._blocks.bits == 4 else picked
+        numbers = graph.node("Cast", [codes], f"{self._name}/numbers", to=TensorProto.FLOAT)
+        zero = graph.constant(2 ** (self._blocks.bits - 1), np.float32)
+        steps = graph.node("Sub", [numbers, zero], f"{self._name}/steps")  # [B, S, blocks, size]
+        scale = graph.node("Gather", [self._scale, ids], f"{self._name}/picked_scale")  # [B, S, blocks]
+        scale = graph.node("Unsqueeze", [scale, graph.constant([3], np.int64)], f"{self._name}/block_scale")
+        return graph.node("Mul", [steps, scale], f"{self._name}/blocks")
+
+    def _unpacked(self, graph: GraphBuilder, picked: str) -> str:
+        """The two codes of each byte, the lower bits first: [B, S, blocks, size / 2] -> [B, S, blocks, size] uint8."""
+        low = graph.node("BitwiseAnd", [picked, graph.constant(15, np.uint8)], f"{self._name}/low")
+        high = graph.node("BitShift", [picked, graph.constant(4, np.uint8)], f"{self._name}/high", direction="RIGHT")
+        axis = graph.constant([4], np.int64)
+        pair = [graph.node("Unsqueeze", [half, axis], f"{half}/of_pair") for half in (low, high)]
+        pairs = graph.node("Concat", pair, f"{self._name}/pairs", axis=4)  # [B, S, blocks, size / 2, 2]
+        return graph.node("Reshape", [pairs, graph.constant([0, 0, 0, -1], np.int64)], f"{self._name}/codes")
 
     def logits(self, graph: GraphBuilder, x: str, output: str) -> str:
         stored = [self._values, self._scale]

@@ -54,8 +54,8 @@ CACHE_RECIPES: Mapping[CacheType, str] = {
 
 OLDEST_ONNXRUNTIME: Mapping[tuple[Device, Precision], str] = {
     ("cpu", "fp32"): "1.22.1",
-    ("cpu", "int8"): "1.23.2",
-    ("cpu", "int4"): "1.23.2",
+    ("cpu", "int8"): "1.22.1",
+    ("cpu", "int4"): "1.22.1",
     ("cuda", "fp16"): "1.31.1",
     ("cuda", "int8"): "1.31.1",
     ("cuda", "int4"): "1.31.1",
@@ -63,8 +63,9 @@ OLDEST_ONNXRUNTIME: Mapping[tuple[Device, Precision], str] = {
     ("tensorrt", "int8"): "1.31.1",
 }
 """The oldest versions that were tried. For the CPU: those that ran the demo package's golden prompts; older ones lack
-attention's bias input (fp32), or the embedding in blocks (int8, int4). Tried: 1.20.1, 1.21.1, 1.22.1, 1.23.2, 1.24.4,
-1.26.0, 1.28.0, 1.32.0. For the others, of onnxruntime-gpu: the one whose kernels the graph was laid out for."""
+attention's bias input. Tried: 1.20.1, 1.21.1, 1.22.1, 1.23.2, 1.24.4, 1.26.0, 1.28.0, 1.32.0 (int8 and int4 with the
+embedding of today: 1.22.1, 1.23.2, 1.32.0). For the others, of onnxruntime-gpu: the one whose kernels the graph was
+laid out for."""
 
 OLDEST_WITH_INT8_CACHE = "1.32.0"
 """No older one was tried."""

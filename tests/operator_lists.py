@@ -1,10 +1,13 @@
-"""What operators CUDA and TensorRT take, as data, and what a graph asks for.
+"""What operators CUDA, TensorRT and browsers take, as data, and what a graph asks for.
 
 CUDA: the kernels that onnxruntime-gpu 1.31.1 registers for its CUDAExecutionProvider (`get_all_opkernel_def`), for the
 operators that our graphs use; the types are those of the first input.
 
 TensorRT: docs/operators.md of onnx-tensorrt, "TensorRT 10.0 supports operators in the inclusive range of opset 9 to
 opset 20", as of release 10.1 (commit 96e7811), for the same operators; the types are those that it lists.
+
+Browsers: what sessions for the processor opened with in onnxruntime-web 1.31.0-dev.20260914's build "asyncify", which
+transformers.js 4.3.1 loads by itself. It lacks GatherBlockQuantized, which the plain build has.
 """
 
 from __future__ import annotations
@@ -73,6 +76,39 @@ TENSORRT: Mapping[tuple[str, str], set[str]] = {
     ("", "Transpose"): ANY,
     ("", "Unsqueeze"): ANY,
     ("", "Where"): ANY,
+}
+
+WEB: Mapping[tuple[str, str], set[str]] = {
+    ("", "Abs"): {"float"},
+    ("", "Add"): {"float"},
+    ("", "BitShift"): {"uint8"},
+    ("", "BitwiseAnd"): {"uint8"},
+    ("", "Cast"): {"int64", "uint8"},
+    ("", "Concat"): {"int64", "uint8"},
+    ("", "Div"): {"float"},
+    ("", "Expand"): {"float"},
+    ("", "Gather"): {"float", "uint8"},
+    ("", "LayerNormalization"): {"float"},
+    ("", "MatMul"): {"float"},
+    ("", "Mul"): {"float", "int64"},
+    ("", "Neg"): {"int64"},
+    ("", "QuantizeLinear"): {"float"},
+    ("", "Range"): {"int64"},
+    ("", "ReduceMax"): {"float", "int64"},
+    ("", "Relu"): {"float"},
+    ("", "Reshape"): {"float", "uint8"},
+    ("", "Shape"): {"int64"},
+    ("", "Sigmoid"): {"float"},
+    ("", "Slice"): {"float"},
+    ("", "Squeeze"): {"int64"},
+    ("", "Sub"): {"float"},
+    ("", "Unsqueeze"): {"float", "uint8"},
+    (MICROSOFT, "BiasGelu"): {"float"},
+    (MICROSOFT, "FastGelu"): {"float"},
+    (MICROSOFT, "FusedMatMul"): {"float"},
+    (MICROSOFT, "GroupQueryAttention"): {"float"},
+    (MICROSOFT, "MatMulIntegerToFloat"): {"uint8"},
+    (MICROSOFT, "MatMulNBits"): {"float"},
 }
 
 

@@ -22,6 +22,7 @@ from runtime.config import GPT2Config
 from runtime.decoder import Decoder
 from runtime.errors import ConfigError
 from runtime.package import Precision
+from tests.operator_lists import WEB, operators
 from tests.tiny import tiny_config, tiny_weights
 
 FP32_ERROR = 1e-5
@@ -162,6 +163,16 @@ def test_onnx_finds_no_fault(tmp_path: Path, variant: str, precision: Precision)
     onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
     assert model.ir_version == 10
     assert {opset.domain: opset.version for opset in model.opset_import} == {"": 21, "com.microsoft": 1}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_every_operator_is_one_that_browsers_have(tmp_path: Path, variant: str, precision: Precision) -> None:
+    config = VARIANTS[variant]
+    path = write_model(tmp_path, config, tiny_weights(config), precision)
+    for node, first_type in operators(path):
+        known = WEB.get((node.domain, node.op_type), set())
+        assert first_type in known, f"{node.name}: {node.op_type} of {first_type}"
 
 
 def test_names_are_unique_and_nothing_is_left_unused(tmp_path: Path) -> None:

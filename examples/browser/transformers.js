@@ -7,8 +7,7 @@ env.allowLocalModels = true;
 env.localModelPath = "/packages/";
 env.useBrowserCache = false; // it keeps files by name, and would mix those of two packages that bore the same one
 
-// The plain build: half as large as the one that transformers.js would take, which lacks GatherBlockQuantized for the
-// processor, and so int8 and int4 embeddings.
+// The plain build: 14 MB instead of the 27 MB of the one that transformers.js would take, on which packages run too.
 const build = (ending) => new URL(`/modules/onnxruntime-web/dist/ort-wasm-simd-threaded.${ending}`, location.href).href;
 env.backends.onnx.wasm.wasmPaths = { mjs: build("mjs"), wasm: build("wasm") };
 
