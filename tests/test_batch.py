@@ -156,16 +156,16 @@ def test_the_text_of_a_failed_request_is_its_error(tiny: TextGenerator) -> None:
 def test_a_row_that_fails_alone_leaves_the_others_their_texts(tiny: TextGenerator) -> None:
     requests = [lasting(9, 1), Request("ab", logits_processor=ban_all), lasting(20, 2)]
     first, failed, last = tiny.generate_many(requests, on_error="return")
-    assert isinstance(failed.error, MachineError)
+    assert isinstance(failed.error, RequestError)
     assert "every logit is -inf" in str(failed.error)
     for result, request in ((first, requests[0]), (last, requests[2])):
         assert result.samples[0].ids == next(tiny.generate_many([request])).samples[0].ids
 
 
 def test_generate_raises_what_made_a_row_fail(tiny: TextGenerator) -> None:
-    with pytest.raises(MachineError, match="every logit is -inf"):
+    with pytest.raises(RequestError, match="logits_processor forbids every token"):
         tiny.generate("ab", logits_processor=ban_all)
-    with pytest.raises(MachineError, match="every logit is -inf"):
+    with pytest.raises(RequestError, match="logits_processor forbids every token"):
         list(tiny.stream("ab", logits_processor=ban_all))
 
 
