@@ -182,8 +182,7 @@ class Decoding:
         if self._decoder.profile is not None:
             chunk_tokens = min(chunk_tokens, self._decoder.profile["max"][INPUT_IDS][1])
         for piece in pieces(len(ids), chunk_tokens, attention_rows=self._decoder.attention_rows):
-            rows = self._rows(row, row + 1)
-            yield rows.run(ids[None, piece], keep=1 if last_only else piece.stop - piece.start)[0]
+            yield self._run_piece(row, ids[None, piece], keep=1 if last_only else piece.stop - piece.start)
 
     def insert(self, row: int, tokens: Buffer) -> None:
         """Append tokens that this decoder has run before, by their keys and values, behind whatever the row holds.
@@ -215,8 +214,7 @@ class Decoding:
         longest = int(self.cache.lengths[: len(ids)].max()) + 1
         check_room(longest, self._decoder.config)
         self.reserve(longest)
-        logits: NDArray[np.float32] = self._rows(0, len(ids)).run(ids[:, None], keep=1)[:, 0]
-        return logits
+        return self._run_step(ids[:, None], wanted)
 
     def reserve(self, tokens: int) -> None:
         """Make room for rows of `tokens` tokens.
@@ -226,6 +224,16 @@ class Decoding:
         """
         if self.cache.reserve(tokens):
             self._bound.clear()
+
+    def _run_piece(self, row: int, ids: NDArray[np.int64], *, keep: int) -> NDArray[np.float32]:
+        """Logits [keep, V] after the last of ids [1, S], for which there is room."""
+        logits: NDArray[np.float32] = self._rows(row, row + 1).run(ids, keep=keep)[0]
+        return logits
+
+    def _run_step(self, ids: NDArray[np.int64], wanted: int | None) -> NDArray[np.float32]:
+        """Logits [n, V] after ids [n, 1], for which there is room."""
+        logits: NDArray[np.float32] = self._rows(0, len(ids)).run(ids, keep=1)[:, 0]
+        return logits
 
     def _rows(self, start: int, stop: int) -> _Rows:
         """Some rows, bound when they are first asked for."""

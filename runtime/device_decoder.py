@@ -11,7 +11,6 @@ Unverified on a GPU: seen to be accepted by onnxruntime-gpu 1.31.1 without one, 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .config import GPT2Config
-from .decoder import CHUNK_TOKENS, Decoder, pieces
+from .decoder import Decoder, Decoding
 from .device_memory import DeviceCache, DeviceMemory
-from .errors import MachineError, PackageError, RequestError
+from .errors import MachineError, PackageError
 from .package import (
     ATTENTION_MASK,
     CACHE_KINDS,
@@ -92,7 +91,7 @@ class DeviceDecoder(Decoder):
         top_k = open_session(package.folder / TOP_K_MODEL, place=place, threads=threads)
         return cls(opened, package.manifest.config, top_k=top_k.session, device=place.device, index=place.index)
 
-    def start(self, *, batch: int, capacity: int) -> DeviceDecoding:  # type: ignore[override]
+    def start(self, *, batch: int, capacity: int) -> DeviceDecoding:
         """As `Decoder.start`; the buffers are those of a decoding that has ended, where some fit."""
         cache = DeviceCache(self.memory, batch=batch, capacity=capacity)
         return DeviceDecoding(self, cache)
@@ -115,68 +114,42 @@ class DeviceDecoder(Decoder):
             ) from error
 
 
-class DeviceDecoding:
-    """Rows under way on a device, with the interface of `decoder.Decoding`."""
+class DeviceDecoding(Decoding):
+    """Rows under way on a device. What a step does not want of its logits is left there: see `_wanted`."""
+
+    _decoder: DeviceDecoder
+    cache: DeviceCache  # type: ignore[assignment]
 
     def __init__(self, decoder: DeviceDecoder, cache: DeviceCache) -> None:
-        self._decoder = decoder
-        self.cache = cache
+        super().__init__(decoder, cache)  # type: ignore[arg-type]
+        self._piece: _Step | None = None  # holds the memory that the last piece's logits may lie in
 
-    def prefill(self, row: int, ids: NDArray[np.int64], *, chunk_tokens: int = CHUNK_TOKENS) -> NDArray[np.float32]:
-        """As `Decoding.prefill`."""
-        for last in self.append(row, ids, chunk_tokens=chunk_tokens, last_only=True):
-            logits: NDArray[np.float32] = last[-1]
+    def reserve(self, tokens: int) -> None:
+        """Make room for rows of `tokens` tokens; errors as `DeviceMemory.borrow`."""
+        self.cache.reserve(tokens)
+
+    def _run_piece(self, row: int, ids: NDArray[np.int64], *, keep: int) -> NDArray[np.float32]:
+        rows, n_new = slice(row, row + 1), ids.shape[1]
+        end = int(self.cache.lengths[row]) + n_new
+        step = self._piece = self._bind(rows, n_new, mask_length=end, keep=keep)
+        self._feed(step, ids, rows, mask_length=end)
+        self._decoder.run(self._decoder.session, step.binding)
+        self.cache.lengths[row] = end
+        logits: NDArray[np.float32] = step.logits.numpy()[0]
         return logits
 
-    def append(
-        self, row: int, ids: NDArray[np.int64], *, chunk_tokens: int = CHUNK_TOKENS, last_only: bool = False
-    ) -> Iterator[NDArray[np.float32]]:
-        """As `Decoding.append`."""
-        if not 0 <= row < self.cache.batch:
-            raise RequestError(f"no row {row}, expected 0 to {self.cache.batch - 1}")
-        past = int(self.cache.lengths[row])
-        self._decoder.check_ids(ids, past=past)
-        self.cache.reserve(past + len(ids))
-        for piece in pieces(len(ids), chunk_tokens, attention_rows=self._decoder.attention_rows):
-            n_new = piece.stop - piece.start
-            end = int(self.cache.lengths[row]) + n_new
-            step = self._bind(slice(row, row + 1), n_new, mask_length=end, keep=1 if last_only else n_new)
-            self._feed(step, ids[None, piece], slice(row, row + 1), mask_length=end)
-            self._decoder.run(self._decoder.session, step.binding)
-            self.cache.lengths[row] = end
-            yield step.logits.numpy()[0]
-
-    def decode_step(self, ids: NDArray[np.int64], *, wanted: int | None = None) -> NDArray[np.float32]:
-        """Append one id to each of the first rows, each at its own length.
-
-        Args:
-            ids: [n] int64, 1 <= n <= B.
-            wanted: how many of the largest logits of a row matter; None for all.
-        Returns:
-            Logits [n, V] float32. Those that do not matter may be -inf; one that matters alone may be 0 instead.
-        Raises:
-            RequestError: more ids than rows, an id out of range, or a row would outgrow the context.
-        """
+    def _run_step(self, ids: NDArray[np.int64], wanted: int | None) -> NDArray[np.float32]:
+        """As `Decoding._run_step`; logits that do not matter may be -inf, one that matters alone may be 0 instead."""
         n_rows = len(ids)
-        if not 1 <= n_rows <= self.cache.batch:
-            raise RequestError(f"{n_rows} ids for {self.cache.batch} rows, expected at most one for each")
-        longest = int(self.cache.lengths[:n_rows].max())
-        for row_ids in ids[:, None]:
-            self._decoder.check_ids(row_ids, past=longest)
-        self.cache.reserve(longest + 1)
-        mask_length = self._decoder.memory.mask_length(longest + 1)
+        mask_length = self._decoder.memory.mask_length(int(self.cache.lengths[:n_rows].max()) + 1)
         step = self.cache.buffers.steps.get((n_rows, mask_length))
         if step is None:
             step = self._bind(slice(0, n_rows), 1, mask_length=mask_length, keep=1)
             self.cache.buffers.steps[n_rows, mask_length] = step
-        self._feed(step, ids[:, None], slice(0, n_rows), mask_length=mask_length)
+        self._feed(step, ids, slice(0, n_rows), mask_length=mask_length)
         self._decoder.run(self._decoder.session, step.binding, graph_id=step.graph_id)
         self.cache.lengths[:n_rows] += 1
         return self._wanted(step, wanted)
-
-    def reserve(self, tokens: int) -> None:
-        """Make room for rows of `tokens` tokens; errors as `DeviceDecoder.borrow`."""
-        self.cache.reserve(tokens)
 
     def _bind(self, rows: slice, n_new: int, *, mask_length: int, keep: int) -> _Step:
         """Inputs and outputs of a run, on the device but for the number of logits, which is read on the host."""

@@ -142,11 +142,6 @@ class DeviceCache:
             self._memory.copy(start + row_bytes * source, start + row_bytes * target, row_bytes // 2)
         self.lengths[target] = length
 
-    def repeat_row(self, rows: slice) -> None:
-        """Copy the first of these rows into the others."""
-        for row in range(rows.start + 1, rows.stop):
-            self.copy_row(rows.start, row)
-
     def row_bytes(self) -> int:
         return self._memory.config.n_head * self._head_bytes(self.capacity)
 

@@ -95,11 +95,11 @@ class TextGenerator:
                 that are one sample: see `runtime.speculation`.
             prefix_cache_bytes: memory for the beginnings of prompts, which need not be run again; 0 keeps none.
         Raises:
-            RequestError: the draft has another tokenizer, or prefix_cache_bytes is out of range.
             PackageError: the folder is no package, or damaged.
             DeviceError: the device is not what would run, or lacks what the package needs.
             TokenizerError: the tokenizer cannot be read, or the tokenizers library is not installed.
-            RequestError: device is no device, threads are out of range, or prepacked_dir goes with a GPU.
+            RequestError: device is no device, threads or prefix_cache_bytes are out of range, the draft has another
+                tokenizer, or an option does not go with a GPU.
             MachineError: memory ran out or would, or prepacked_dir cannot be written.
         """
         opened = open_package(package)

@@ -73,7 +73,7 @@ def test_the_first_rows_may_go_on_alone(plain: Decoder, decoder: DeviceDecoder) 
 def test_a_copied_row_goes_on_as_its_source(decoder: DeviceDecoder) -> None:
     decoding = decoder.start(batch=3, capacity=20)
     decoding.prefill(0, IDS[:9])
-    decoding.cache.repeat_row(slice(0, 2))
+    decoding.cache.copy_row(0, 1)
     decoding.cache.copy_row(0, 2, tokens=4)
     logits = decoding.decode_step(IDS[[9, 9, 4]])
     np.testing.assert_array_equal(logits[0], logits[1])
