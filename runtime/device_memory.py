@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from functools import wraps
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .config import GPT2Config
 from .errors import MachineError, RequestError
+from .kv_cache import Buffer
 from .wheel import load_onnxruntime
 
 if TYPE_CHECKING:
@@ -20,6 +23,25 @@ if TYPE_CHECKING:
 SHORTEST = 128
 """Tokens of the shortest mask of a step; each longer one is twice as long. Attention reads by a row's own length, so a
 mask that is too long costs little, and each length costs one capture."""
+
+ONE_THREAD = threading.RLock()
+"""Held by whoever has a GPU do something. While one thread captures a step, all that another asks of CUDA fails, and
+the capture with it (seen: CUDA errors 901 and 700); other libraries of the process must keep away likewise."""
+
+Returned = TypeVar("Returned")
+Parameters = ParamSpec("Parameters")
+
+
+def alone(function: Callable[Parameters, Returned]) -> Callable[Parameters, Returned]:
+    """Hold ONE_THREAD while it runs."""
+
+    @wraps(function)
+    def holding(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Returned:
+        with ONE_THREAD:
+            return function(*args, **kwargs)
+
+    return holding
+
 
 COPY = bytes.fromhex(
     "08083a390a100a017812017922084964656e746974791201635a100a0178120b0a09080a12050a0312016e62100a0179120b0a09080a12050a"
@@ -36,16 +58,16 @@ class Buffers:
     capacity: int
     values: list[Any]  # OrtValues [B, H, M, D] float16, keys and values of each layer in turn
     steps: dict[tuple[int, int], Any] = field(default_factory=dict)  # by number of rows and mask length
+    piece: Any = None  # the last piece of a prompt, whose memory is freed where ONE_THREAD is held
 
 
 class DeviceMemory:
-    """Memory of one device: for arrays, and for the caches of one model. Threads may share it."""
+    """Memory of one device: for arrays, and for the caches of one model. Whoever calls holds ONE_THREAD."""
 
     def __init__(self, config: GPT2Config, *, device: str, index: int) -> None:
         self.config, self.device, self.index = config, device, index
         self._copier: onnxruntime.InferenceSession | None = None
         self._idle: list[Buffers] = []
-        self._lock = threading.Lock()
 
     def on_device(self, array: NDArray[Any]) -> Any:
         """A copy of an array in the device's memory."""
@@ -68,13 +90,18 @@ class DeviceMemory:
         """
         if batch < 1:
             raise RequestError(f"a cache of {batch} rows, expected 1 or more")
-        with self._lock:
-            for place, idle in enumerate(self._idle):
-                if (idle.batch, idle.capacity) == (batch, capacity):
-                    return self._idle.pop(place)
+        for place, idle in enumerate(self._idle):
+            if (idle.batch, idle.capacity) == (batch, capacity):
+                return self._idle.pop(place)
         shape = batch, self.config.n_head, capacity, self.config.head_dim
         try:
-            values = [self.on_device(np.zeros(shape, np.float16)) for _ in range(2 * self.config.n_layer)]
+            try:
+                values = self._zeros(shape)
+            except Exception:
+                if not self._idle:
+                    raise
+                self._idle.clear()
+                values = self._zeros(shape)
         except Exception as error:
             reason = " ".join(str(error).split())
             raise MachineError(
@@ -83,9 +110,12 @@ class DeviceMemory:
             ) from error
         return Buffers(batch, capacity, values)
 
+    def _zeros(self, shape: tuple[int, ...]) -> list[Any]:
+        return [self.on_device(np.zeros(shape, np.float16)) for _ in range(2 * self.config.n_layer)]
+
     def give_back(self, buffers: Buffers) -> None:
-        with self._lock:
-            self._idle.append(buffers)
+        """Keep buffers for the next one. Any thread may call it at any time, as the garbage collector does."""
+        self._idle.append(buffers)
 
     def copy(self, source: int, target: int, count: int) -> None:
         """Copy float16 numbers between addresses on the device."""
@@ -102,6 +132,7 @@ class DeviceMemory:
 class DeviceCache:
     """Keys and values on a device, with the interface of `kv_cache.KVCache`. Memory without a token is never read."""
 
+    @alone
     def __init__(self, memory: DeviceMemory, *, batch: int, capacity: int) -> None:
         """Room for `capacity` tokens in each of `batch` rows; errors as `DeviceMemory.borrow`."""
         self._memory = memory
@@ -114,6 +145,7 @@ class DeviceCache:
         """M: tokens that a row has room for."""
         return self.buffers.capacity
 
+    @alone
     def reserve(self, tokens: int) -> bool:
         """Make room for rows of `tokens` tokens; True if the buffers moved. Errors as `DeviceMemory.borrow`."""
         if tokens <= self.capacity:
@@ -132,6 +164,7 @@ class DeviceCache:
         self._take(grown)
         return True
 
+    @alone
     def copy_row(self, source: int, target: int, *, tokens: int | None = None) -> None:
         """Make a row equal to another one, or to the first `tokens` tokens of it."""
         length = int(self.lengths[source]) if tokens is None else tokens
@@ -141,6 +174,28 @@ class DeviceCache:
             start = buffer.data_ptr()
             self._memory.copy(start + row_bytes * source, start + row_bytes * target, row_bytes // 2)
         self.lengths[target] = length
+
+    @alone
+    def row(self, row: int) -> Buffer:
+        """What a row holds: [buffers, H, P, D] float16, a copy on the host."""
+        return np.stack([value.numpy()[row, :, : self.lengths[row]] for value in self.buffers.values])
+
+    @alone
+    def extend(self, row: int, tokens: Buffer) -> None:
+        """As `KVCache.extend`. Whole buffers travel there and back: for what happens once, not at every token."""
+        start = int(self.lengths[row])
+        end = start + tokens.shape[2]
+        assert end <= self.capacity, "whoever runs the graph makes room first"
+        for value, new in zip(self.buffers.values, tokens, strict=True):
+            array = np.array(value.numpy())
+            array[row, :, start:end] = new
+            value.update_inplace(array)
+        self.lengths[row] = end
+
+    def truncate(self, row: int, length: int) -> None:
+        """Forget what a row holds beyond its first `length` tokens."""
+        assert 0 <= length <= self.lengths[row], "a row cannot be cut to more than it holds"
+        self.lengths[row] = length
 
     def row_bytes(self) -> int:
         return self._memory.config.n_head * self._head_bytes(self.capacity)

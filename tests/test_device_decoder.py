@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import gc
+import itertools
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
 import pytest
+from numpy.typing import NDArray
 
 from export.top_k_graph import MOST, write_top_k_graph
 from runtime.decoder import Decoder
-from runtime.device_decoder import DeviceDecoder
+from runtime.device_decoder import DeviceDecoder, DeviceDecoding
 from runtime.errors import RequestError
 from runtime.sampling import SamplingOptions, choose_token
 from runtime.session import Opened
@@ -154,3 +160,73 @@ def test_what_cannot_be_run_is_refused(decoder: DeviceDecoder) -> None:
     decoding.prefill(0, IDS)
     with pytest.raises(RequestError, match="65 tokens do not fit"):
         decoding.decode_step(IDS[:1])
+
+
+def test_a_row_is_taken_out_cut_and_put_back(decoder: DeviceDecoder) -> None:
+    source, target = decoder.start(batch=2, capacity=20), decoder.start(batch=2, capacity=20)
+    source.prefill(1, IDS[:9])
+    held = source.cache.row(1)
+    assert (held.shape, held.dtype) == ((2 * CONFIG.n_layer, CONFIG.n_head, 9, CONFIG.head_dim), np.float16)
+    target.insert(0, held[:, :, :4])
+    target.insert(0, held[:, :, 4:])
+    target.cache.truncate(0, 8)
+    np.testing.assert_array_equal(target.cache.row(0), held[:, :, :8])
+    again = target.prefill(0, IDS[8:10]).copy()
+    np.testing.assert_allclose(source.prefill(1, IDS[9:10]), again, rtol=0, atol=ERROR)
+
+
+def test_one_thread_at_a_time_has_the_device_do_something(
+    decoder: DeviceDecoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, busy, together = decoder.run, threading.Lock(), []
+
+    def watched(*args: Any, **kwargs: Any) -> None:
+        together.append(not busy.acquire(blocking=False))
+        time.sleep(0.001)  # long enough for the others to come
+        run(*args, **kwargs)
+        if not together[-1]:
+            busy.release()
+
+    monkeypatch.setattr(decoder, "run", watched)
+
+    def work(length: int) -> NDArray[np.float32]:
+        decoding = decoder.start(batch=1, capacity=20)
+        decoding.prefill(0, IDS[:length])
+        return np.concatenate([decoding.decode_step(IDS[step : step + 1]) for step in range(10)])
+
+    expected = [work(length) for length in (3, 5, 7, 9)]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(work, (3, 5, 7, 9)))
+    assert not any(together)
+    for own, alone in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(own, alone)
+
+
+def test_a_prompt_is_run_in_one_piece(decoder: DeviceDecoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    pieces: list[int] = []
+    run_piece = DeviceDecoding._run_piece
+    monkeypatch.setattr(
+        DeviceDecoding,
+        "_run_piece",
+        lambda self, row, ids, keep: pieces.append(ids.shape[1]) or run_piece(self, row, ids, keep=keep),
+    )
+    decoder.start(batch=1, capacity=60).prefill(0, IDS[:60])
+    assert pieces == [60]
+
+
+def test_memory_that_nobody_uses_is_given_up_for_what_is_asked_for(
+    decoder: DeviceDecoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    del decoder.start(batch=2, capacity=20).cache
+    gc.collect()
+    zeros, tries = decoder.memory._zeros, itertools.count()
+
+    def full_at_first(shape: tuple[int, ...]) -> list[Any]:
+        if not next(tries):
+            raise RuntimeError("out of memory")
+        assert not decoder.memory._idle
+        return zeros(shape)
+
+    monkeypatch.setattr(decoder.memory, "_zeros", full_at_first)
+    assert decoder.start(batch=3, capacity=20).cache.batch == 3
+    assert next(tries) == 2
