@@ -114,10 +114,15 @@ class Decoder:
         """Tokens that attention takes at a time."""
         return ATTENTION_ROWS_PER_DIM * self.config.head_dim
 
-    def start(self, *, batch: int, capacity: int) -> Decoding:
-        """Begin with an empty cache of `batch` rows and room for `capacity` tokens in each."""
+    def start(self, *, batch: int, capacity: int, unforeseen: bool = False) -> Decoding:
+        """Begin with an empty cache, arguments and errors as `KVCache`."""
         cache = KVCache(
-            self.config, batch=batch, capacity=capacity, cache_type=self.kv_cache, memory=self._cache_memory
+            self.config,
+            batch=batch,
+            capacity=capacity,
+            cache_type=self.kv_cache,
+            memory=self._cache_memory,
+            unforeseen=unforeseen,
         )
         return Decoding(self, cache)
 

@@ -98,8 +98,8 @@ class DeviceDecoder(Decoder):
         top_k = open_session(package.folder / TOP_K_MODEL, place=place, threads=threads)
         return cls(opened, package.manifest.config, top_k=top_k.session, device=place.device, index=place.index)
 
-    def start(self, *, batch: int, capacity: int) -> DeviceDecoding:
-        """As `Decoder.start`; the buffers are those of a decoding that has ended, where some fit."""
+    def start(self, *, batch: int, capacity: int, unforeseen: bool = False) -> DeviceDecoding:
+        """As `Decoder.start`; the buffers are those of a decoding that has ended, where some fit, and grow."""
         cache = DeviceCache(self.memory, batch=batch, capacity=capacity)
         return DeviceDecoding(self, cache)
 

@@ -23,7 +23,7 @@ class Scheduler:
         decoder: Decoder,
         *,
         slots: int,
-        capacity: int = 1,
+        capacity: int | None = None,
         prefix_cache: PrefixCache | None = None,
         speculator: Speculator | None = None,
     ) -> None:
@@ -32,7 +32,8 @@ class Scheduler:
         Args:
             decoder: the model.
             slots: rows that may run together.
-            capacity: tokens that a row has room for at first; the cache grows when a row needs more.
+            capacity: tokens that a row has room for at first; None where it is not known which rows will come. The
+                cache grows when a row needs more.
             prefix_cache: knows the beginnings of earlier prompts.
             speculator: what the one row that there will be may guess by.
         Raises:
@@ -43,7 +44,7 @@ class Scheduler:
         self._prefix_cache = prefix_cache
         self._speculator = speculator
         self._speculation: Speculation | None = None
-        self._decoding = decoder.start(batch=slots, capacity=capacity)
+        self._decoding = decoder.start(batch=slots, capacity=capacity or 1, unforeseen=capacity is None)
         self._rows: list[Row] = []  # by slot; between steps some may have ended
 
     def run(self, take: Callable[[], Row | None]) -> Iterator[list[Row]]:
@@ -92,16 +93,21 @@ class Scheduler:
         return [row for _, row in full]
 
     def _admit(self, take: Callable[[], Row | None]) -> list[Row]:
-        admitted: list[Row] = []
+        """Fill the free slots, all before the first prompt is run: so the cache grows once for all of them."""
+        admitted: dict[int, Row] = {}  # by slot
         left = (slot for slot, row in enumerate(self._rows) if row.ended)
         for slot in chain(left, range(len(self._rows), self._decoding.cache.batch)):
             row = take()
             if row is None:
                 break
             self._rows[slot : slot + 1] = [row]
+            self._decoding.cache.lengths[slot] = 0  # what another row left there is not this one's
+            admitted[slot] = row
+        if admitted:
+            self._decoding.reserve(max(row.job.capacity for row in admitted.values()))
+        for slot, row in admitted.items():
             self._place(slot, row)
-            admitted.append(row)
-        return admitted
+        return list(admitted.values())
 
     def _place(self, slot: int, row: Row) -> None:
         """Run a row's ids from position 0, and take the token behind them."""
@@ -109,7 +115,6 @@ class Scheduler:
             return
         if row.is_full:
             row.slide()
-        self._decoding.reserve(row.job.capacity)
         logits = self._copied(slot, row)
         if logits is None:
             logits = self._prefilled(slot, row)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import resource
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -137,3 +140,22 @@ def test_rows_are_taken_from_where_they_stood(sources: list[int]) -> None:
     for old, new in zip(before, buffers, strict=True):
         for row, source in enumerate(sources):
             np.testing.assert_array_equal(new[row, :, : cache.lengths[row]], old[source, :, : cache.lengths[row]])
+
+
+def test_rows_that_nobody_knows_yet_take_memory_as_they_are_written() -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    before, config = resident(), OFFICIAL_SIZES["774M"]
+    cache = KVCache(config, batch=8, capacity=1, unforeseen=True)
+    assert cache.capacity == config.n_ctx
+    assert total_bytes(cache) == 8 * config.n_ctx * config.cache_items_per_token * 4  # 3.0 GB
+    for _, _, buffer in cache.bindings(slice(0, 8)):
+        assert not buffer[:, :, :64].any()
+        buffer[:, :, :64] = 1
+    assert resident() - before < 1.1 * 8 * 64 * config.cache_items_per_token * 4  # 0.19 GB
+
+
+def test_memory_beyond_the_machines_is_refused_for_them_too() -> None:
+    with pytest.raises(MachineError, match="no memory for a cache of 1024 tokens x 1000000 rows"):
+        KVCache(OFFICIAL_SIZES["774M"], batch=10**6, capacity=1024, unforeseen=True)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -123,8 +124,8 @@ def step_sizes(tiny: TextGenerator, monkeypatch: pytest.MonkeyPatch) -> Iterator
     runs: list[tuple[int, int]] = []
     start = tiny.decoder.start
 
-    def watched(*, batch: int, capacity: int) -> object:
-        decoding = start(batch=batch, capacity=capacity)
+    def watched(*, batch: int, capacity: int, unforeseen: bool = False) -> object:
+        decoding = start(batch=batch, capacity=capacity, unforeseen=unforeseen)
         rows_of: Callable[[int, int], object] = decoding._rows
 
         def rows(first: int, stop: int) -> object:
@@ -183,15 +184,20 @@ def test_rows_change_one_token_at_a_time_and_end_once(tiny: TextGenerator) -> No
     assert list(tokens.values()) == [4, 1, 2, 6, 3]
 
 
-def test_a_cache_grows_as_far_as_its_rows_need(tiny: TextGenerator, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("grows", [False, True])
+def test_a_cache_of_rows_that_nobody_knows_yet_grows_where_it_must(
+    tiny: TextGenerator, monkeypatch: pytest.MonkeyPatch, grows: bool
+) -> None:
     made = []
     start = tiny.decoder.start
 
-    def watched(*, batch: int, capacity: int) -> object:
-        made.append(start(batch=batch, capacity=capacity))
+    def watched(**arguments: Any) -> object:
+        made.append(start(**arguments))
         return made[-1]
 
+    if grows:
+        monkeypatch.setattr("runtime.kv_cache.untouched_memory", lambda _n_items, _dtype: None)
     monkeypatch.setattr(tiny.decoder, "start", watched)
     list(tiny.generate_many([lasting(2), lasting(9)], batch_size=2))
     (decoding,) = made
-    assert decoding.cache.capacity == 3 + 9 - 1
+    assert decoding.cache.capacity == (3 + 9 - 1 if grows else tiny.config.n_ctx)

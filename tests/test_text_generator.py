@@ -319,9 +319,9 @@ def test_the_cache_is_as_large_as_the_request(fp32: TextGenerator, monkeypatch: 
     asked: list[tuple[int, int]] = []
     start = fp32.decoder.start
 
-    def watched(*, batch: int, capacity: int) -> object:
+    def watched(*, batch: int, capacity: int, unforeseen: bool = False) -> object:
         asked.append((batch, capacity))
-        return start(batch=batch, capacity=capacity)
+        return start(batch=batch, capacity=capacity, unforeseen=unforeseen)
 
     monkeypatch.setattr(fp32.decoder, "start", watched)
     fp32.generate([1, 2, 3], max_new_tokens=5, num_return_sequences=2)
