@@ -5,8 +5,9 @@
     scripts/bench speculation draft PACKAGE DRAFT    a package drafts for another, in exact mode, over many texts
     scripts/bench speculation rounding PACKAGE       what a token run alone has other than one run in a piece
 
-Plain and speculative texts are written in turns in one process, each text by all ways, and the medians of their times
-are compared; the first round is a warm-up. Every way keeps what it learns from text to text, as a loaded package does.
+Plain and speculative texts are written in turns in one process, each text by all ways in an order drawn anew, and the
+medians of their times are compared; the first round is a warm-up. Every way keeps what it learns from text to text, as
+a loaded package does.
 Exit status 3 if a bar does not hold: repeats 3.0 times plain, varied 0.95, texts that are not identical in exact mode,
 predictions off by more than 15%.
 """
@@ -30,7 +31,7 @@ from quantization.divergence import kl_divergence
 from runtime import SamplingOptions, TextGenerator
 from runtime.command_line import CommandLineParser, run_command
 from runtime.draft_pace import Pace
-from runtime.drafts import Choose, Draft, DraftPackage, PromptLookup, check_same_tokenizer
+from runtime.drafts import Choose, Draft, PromptLookup
 from runtime.errors import VerificationError
 from runtime.sampling import choose_token, random_uniform
 from runtime.speculation import Speculation, SpeculationStats, speculative_tokens
@@ -118,12 +119,20 @@ def compare(
     ms: dict[str, list[float]] = {name: [] for name in ("plain", *ways)}
     stats = dict.fromkeys(ways, SpeculationStats())
     same = dict.fromkeys(ways, 0)
+    order = np.random.default_rng(0)
+    generator.decoder.settle()
     for number in range(1 + options.runs):
         prompt = random_prompt(generator, number, options)
-        reference = plain(generator, prompt, sampling, options.new_tokens)
-        texts = {"plain": reference}
-        for name, (pace, draft) in ways.items():
-            texts[name] = speculate(generator, prompt, sampling, options.new_tokens, pace=pace, draft=draft(reference))
+        reference = plain(generator, prompt, sampling, options.new_tokens)  # not counted: what a draft may look at
+        texts: dict[str, Text] = {}
+        for name in order.permutation(list(ms)).tolist():  # none is always the one behind the same other
+            if name == "plain":
+                texts[name] = plain(generator, prompt, sampling, options.new_tokens)
+            else:
+                pace, draft = ways[name]
+                texts[name] = speculate(
+                    generator, prompt, sampling, options.new_tokens, pace=pace, draft=draft(reference)
+                )
         if number:
             for name, text in texts.items():
                 ms[name].append(text.ms)
@@ -181,9 +190,9 @@ def varied(options: argparse.Namespace) -> dict[str, object]:
 
 def draft(options: argparse.Namespace) -> dict[str, object]:
     """Each text in exact mode: without a draft, with guesses of one length, and of a length that adapts."""
-    target, drafting = TextGenerator.load(options.package), TextGenerator.load(options.draft)
-    check_same_tokenizer(drafting.package, target.package)
-    package = DraftPackage(drafting.decoder)
+    target = TextGenerator.load(options.package, draft=options.draft)
+    package = target.draft
+    assert package is not None, "it was loaded with one"
     paces = {"fixed": Pace(exact=True, draft_tokens=DRAFT_TOKENS), "adaptive": Pace(exact=True)}
     totals, same = dict.fromkeys(paces, SpeculationStats()), dict.fromkeys(paces, 0)
     ms: dict[str, list[float]] = {name: [] for name in ("no draft", *paces)}

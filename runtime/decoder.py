@@ -85,6 +85,7 @@ class Decoder:
         threads: int | None = None,
         activations: Activations = WIDE,
         optimized: bool = False,
+        takes_turns: bool = False,
         provider_settings: Mapping[str, str] | None = None,
         profile: ShapeProfile | None = None,
     ) -> Decoder:
@@ -100,6 +101,7 @@ class Decoder:
             threads=threads,
             activations=activations,
             optimized=optimized,
+            takes_turns=takes_turns,
             provider_settings=provider_settings,
         )
         return cls(opened, config, attention, kv_cache, activations, gathering=gather(since=before), profile=profile)

@@ -48,6 +48,7 @@ def open_session(
     threads: int | None = None,
     activations: Activations = WIDE,
     optimized: bool = False,
+    takes_turns: bool = False,
     provider_settings: Mapping[str, str] | None = None,
 ) -> Opened:
     """Open a graph at the place that was asked for, and nowhere else.
@@ -58,6 +59,8 @@ def open_session(
         threads: worker threads; None takes `available_processors()`.
         activations: what an int8 graph rounds its activations to, see `activations_here`.
         optimized: the graph is one that `save_optimized` wrote: it is run as it stands.
+        takes_turns: another session of this process runs between its runs. Else its worker threads wait actively for
+            the next run, and take the processors from the other one meanwhile.
         provider_settings: options of the provider beside those of `provider_options`, as onnxruntime names them.
     Raises:
         DeviceError: the place cannot be had, with what is missing; or nodes would run elsewhere, with their names.
@@ -74,6 +77,8 @@ def open_session(
     if activations != WIDE:
         for name, value in _overrides(activations).items():
             options.add_initializer(name, value)
+    if takes_turns:
+        options.add_session_config_entry("session.force_spinning_stop", "1")
     if optimized:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     return _open(model_path, place, options, provider_settings or {})

@@ -62,6 +62,7 @@ class TextGenerator:
         self.package = package
         self.decoder = decoder
         self.tokenizer = tokenizer
+        self.draft = draft
         values = package.generation_config()
         refuse_beams(values)
         self.default_sampling = SamplingOptions.from_generation_config(values)
@@ -113,12 +114,17 @@ class TextGenerator:
         guessing = None if draft is None else open_package(draft)
         if guessing is not None:
             check_same_tokenizer(guessing, opened)
-        decoder = open_decoder(opened, device=device, threads=threads, prepacked_dir=prepacked_dir)
+        decoder = open_decoder(
+            opened, device=device, threads=threads, prepacked_dir=prepacked_dir, takes_turns=guessing is not None
+        )
+        drafting = None
+        if guessing is not None:
+            drafting = DraftPackage(open_decoder(guessing, device=device, threads=threads, takes_turns=True))
         return cls(
             opened,
             decoder,
             tokenizer,
-            draft=None if guessing is None else DraftPackage(open_decoder(guessing, device=device, threads=threads)),
+            draft=drafting,
             prefix_cache=PrefixCache(decoder, max_bytes=prefix_cache_bytes) if prefix_cache_bytes else None,
         )
 
@@ -307,8 +313,13 @@ def open_decoder(
     device: Place | str | None = None,
     threads: int | None = None,
     prepacked_dir: str | Path | None = None,
+    takes_turns: bool = False,
 ) -> Decoder:
-    """Open a package's graph on the device that was asked for; arguments and errors as `TextGenerator.load`."""
+    """Open a package's graph on the device that was asked for; other arguments and errors as `TextGenerator.load`.
+
+    Args:
+        takes_turns: on the CPU, see `session.open_session`: demo models that draft for each other write twice as fast.
+    """
     place = check_runs_here(package, Place.parse(device) if isinstance(device, str) else device)
     checked_threads(threads)  # before prepacked weights are made
     if prepacked_dir is not None and place.device != "cpu":
@@ -334,6 +345,7 @@ def open_decoder(
             threads=threads,
             activations=activations,
             optimized=prepacked_dir is not None,
+            takes_turns=takes_turns,
             **_compiled(package, place),
         )
     if read_manifest(package.folder) != manifest:

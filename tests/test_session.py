@@ -11,6 +11,7 @@ from types import ModuleType
 import onnxruntime
 import pytest
 
+from runtime.decoder import Decoder
 from runtime.errors import DeviceError, PackageError, RequestError
 from runtime.package import open_package
 from runtime.place import Place
@@ -134,3 +135,17 @@ except ImportError as error:
     assert "ONNX Runtime, which is not installed" in printed
     assert "gpt2-edge[cpu]" in printed
     assert "gpt2-edge[gpu]" in printed
+
+
+def test_a_package_and_its_draft_do_not_wait_on_each_others_processors(demo_int8: Path, demo_int4: Path) -> None:
+    def stops_spinning(decoder: Decoder) -> bool:
+        options = decoder.session.get_session_options()
+        try:
+            return bool(options.get_session_config_entry("session.force_spinning_stop") == "1")
+        except RuntimeError:  # not set
+            return False
+
+    drafted = TextGenerator.load(demo_int8, draft=demo_int4)
+    assert drafted.draft is not None
+    assert stops_spinning(drafted.decoder) and stops_spinning(drafted.draft.decoder)
+    assert not stops_spinning(TextGenerator.load(demo_int8).decoder)
