@@ -139,6 +139,8 @@ def _refuse_combinations(parser: CommandLineParser, options: argparse.Namespace)
         parser.error("--batch and --as-ready are for --prompts FILE")
     if options.prompts is not None and (options.prompt or options.interactive or options.json or options.stats):
         parser.error("--prompts takes no PROMPT, --interactive, --json or --stats: its lines are JSON, with statistics")
+    if options.num_beams not in (None, 1) and (options.draft or options.prefix_cache_bytes):
+        parser.error("--draft and --prefix-cache-bytes do nothing for --num-beams; leave them out")
     if options.prompts is not None and (options.draft or options.prompt_lookup or options.exact):
         parser.error("--draft, --prompt-lookup and --exact are for one PROMPT at a time, not for --prompts")
     if options.top_logprobs is not None and not (options.json or options.prompts):

@@ -27,6 +27,7 @@ NEUTRAL: Mapping[str, object] = {
     "guidance_scale": 1.0,
     "max_time": None,
     "num_beam_groups": 1,
+    "num_return_sequences": 1,  # as a default: a stream is one text
     "penalty_alpha": 0.0,
     "suppress_tokens": None,
     "token_healing": False,

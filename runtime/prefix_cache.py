@@ -40,6 +40,7 @@ class PrefixCache:
         Raises:
             RequestError: max_bytes is no room for a single block; names how much one takes.
         """
+        self.decoder = decoder
         items = decoder.config.cache_items_per_token * BLOCK_TOKENS
         self._block_bytes = items * np.dtype(decoder.kv_cache).itemsize
         if type(max_bytes) is not int or max_bytes < self._block_bytes:

@@ -70,7 +70,7 @@ class TextGenerator:
         stopping = StoppingOptions.from_generation_config(values, eos_token_id=config.eos_token_id)
         self.defaults = Defaults(tokenizer, config, self.default_sampling, stopping)
         self._speculator = Speculator(draft)
-        self._prefix_cache = prefix_cache
+        self.prefix_cache = prefix_cache
 
     @classmethod
     def load(
@@ -210,7 +210,7 @@ class TextGenerator:
         if on_error not in get_args(OnError):
             raise RequestError(f"on_error is {on_error!r}, expected one of {', '.join(get_args(OnError))}")
         batch = Batch(requests, prepare=self._one_of_many, ahead=batch_size * RESULTS_AHEAD)
-        scheduler = Scheduler(self.decoder, slots=batch_size, prefix_cache=self._prefix_cache)
+        scheduler = Scheduler(self.decoder, slots=batch_size, prefix_cache=self.prefix_cache)
         return batch.run(scheduler, ordered=ordered, on_error=on_error)
 
     def steps(
@@ -287,7 +287,7 @@ class TextGenerator:
             self.decoder,
             slots=slots,
             capacity=max(job.capacity for job in jobs),
-            prefix_cache=self._prefix_cache,
+            prefix_cache=self.prefix_cache,
             speculator=self._speculator if guesses and slots == 1 else None,
         )
         rows = chain.from_iterable(job.new_rows() for job in jobs)

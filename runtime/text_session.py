@@ -48,12 +48,15 @@ class TextSession:
             generator: the package.
             sampling: how tokens are chosen; None takes the package's own defaults. A seed is drawn if it has none.
             sample: 0 to 2**64 - 1; sessions of one seed and several samples go on differently.
-            prefix_cache: of the same generator: what it remembers of a first text is not run again.
+            prefix_cache: of the same generator: what it remembers of a first text is not run again. None takes the one
+                that the generator was loaded with, if any.
         Raises:
-            RequestError: sample is out of range.
+            RequestError: sample is out of range, or the prefix cache is another generator's.
         """
+        if prefix_cache is not None and prefix_cache.decoder is not generator.decoder:
+            raise RequestError("the prefix cache holds another generator's keys and values; make one of this generator")
         self._generator = generator
-        self._prefix_cache = prefix_cache
+        self._prefix_cache = prefix_cache or generator.prefix_cache
         self.sampling = sampling or generator.default_sampling
         self.sample = sample
         self._ids: list[int] = []
@@ -272,13 +275,20 @@ class TextSession:
 
     def _chosen(self, row: Row) -> Iterator[int]:
         """Choose a token each time, and keep it unless it ends the text."""
+        n_ids = len(self._ids)
         while not row.ended:
+            if len(self._ids) != n_ids:
+                raise RequestError(
+                    f"the session has {len(self._ids)} tokens where its stream left {n_ids}: it was changed while the "
+                    "stream was read; begin a new one"
+                )
             row.advance(self._run())
             if row.error is not None:
                 raise row.error
             if not row.ended_by_id:
                 self._ids.append(row.ids[-1])
                 self._generated.append(True)
+                n_ids += 1
                 yield row.ids[-1]
 
     def _run(self) -> NDArray[np.float32]:

@@ -302,6 +302,8 @@ def test_a_value_out_of_range_is_one_line_and_status_2(
         (["--interactive", "--json"], "--interactive takes no PROMPT and no --json"),
         (["--batch", "2"], "--batch and --as-ready are for --prompts FILE"),
         (["--as-ready"], "--batch and --as-ready are for --prompts FILE"),
+        (["a", "--num-beams", "2", "--draft", "b"], "--draft and --prefix-cache-bytes do nothing for --num-beams"),
+        (["a", "--num-beams", "2", "--prefix-cache-bytes", "9"], "--draft and --prefix-cache-bytes do nothing for"),
         (["a prompt", "--prompts", "file"], "--prompts takes no PROMPT, --interactive, --json or --stats"),
         (["--prompts", "file", "--stats"], "--prompts takes no PROMPT, --interactive, --json or --stats"),
         (["--max-new-tokens", "many"], "invalid int value: 'many'"),

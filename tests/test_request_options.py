@@ -140,7 +140,7 @@ def test_a_prefix_cache_leaves_the_text_as_it_is(demo_int8: Path, int8: TextGene
     for end in (" one", " two", " one"):
         expected = int8.generate(beginning + end, sampling=SAMPLED, max_new_tokens=10)
         assert generator.generate(beginning + end, sampling=SAMPLED, max_new_tokens=10).text == expected.text
-    assert generator._prefix_cache is not None and generator._prefix_cache.reused_tokens > 100
+    assert generator.prefix_cache is not None and generator.prefix_cache.reused_tokens > 100
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -279,6 +279,19 @@ def test_a_prefix_cache_changes_nothing_but_the_work(generator: TextGenerator) -
     assert cache.reused_tokens == 112
 
 
+def test_the_generators_prefix_cache_is_the_sessions_too(demo_int8: Path) -> None:
+    cached = TextGenerator.load(demo_int8, prefix_cache_bytes=1 << 24)
+    for _ in range(2):
+        next_logits(begun(cached, IDS[:120]))
+    assert cached.prefix_cache is not None and cached.prefix_cache.reused_tokens == 112
+
+
+def test_another_generators_prefix_cache_is_refused(fp32: TextGenerator, demo_int8: Path) -> None:
+    cache = PrefixCache(TextGenerator.load(demo_int8).decoder, max_bytes=1 << 24)
+    with pytest.raises(RequestError, match="holds another generator's keys and values"):
+        TextSession(fp32, prefix_cache=cache)
+
+
 # Text
 
 
@@ -287,6 +300,19 @@ def test_stream_gives_the_text_of_generate_and_keeps_the_tokens(fp32: TextGenera
     assert "".join(streaming.stream(max_new_tokens=30)) == generating.generate(max_new_tokens=30).text
     assert streaming.ids == generating.ids
     assert streaming.text == generating.text
+
+
+@pytest.mark.parametrize("change", [lambda session: session.append("so"), lambda session: session.rewind(2)])
+def test_a_stream_whose_session_was_changed_ends(fp32: TextGenerator, change: Callable[[TextSession], None]) -> None:
+    session = begun(fp32)
+    stream = session.stream(max_new_tokens=N_NEW)
+    next(stream)
+    change(session)
+    ids = session.ids
+    with pytest.raises(RequestError, match="it was changed while the stream was read; begin a new one"):
+        next(stream)
+    assert session.ids == ids
+    session.generate(max_new_tokens=2)
 
 
 def test_a_stream_that_is_left_keeps_what_was_chosen(fp32: TextGenerator) -> None:
