@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 
 from runtime import SamplingOptions, TextGenerator
 from runtime.command_line import CommandLineParser, run_command
+from runtime.errors import RequestError
 from runtime.place import Place
 
 GREEDY = SamplingOptions.greedy()
@@ -50,6 +51,8 @@ class Engine:
     ttft_ms: list[float] = field(default_factory=list)
     gaps_ms: list[float] = field(default_factory=list)
     ids: list[list[int]] = field(default_factory=list)
+    precision: str = "fp16"
+    receipt: dict[str, Any] | None = None  # of a package
 
 
 @dataclass(frozen=True)
@@ -65,17 +68,20 @@ class Row:
 
 def of_package(folder: Path, place: Place, mean_length: float) -> Engine:
     generator = TextGenerator.load(folder, device=place)
-    print(f"{folder}: {generator.decoder.receipt}", file=sys.stderr)
 
     def generate(prompt: NDArray[np.int64], new_tokens: int) -> tuple[float, Sequence[float], Sequence[int]]:
-        sample = generator.generate(
-            prompt, max_new_tokens=new_tokens, min_new_tokens=new_tokens, sampling=GREEDY
-        ).samples[0]
+        # No end-of-text, instead of one that is forbidden: logits that are edited must be fetched.
+        sample = generator.generate(prompt, max_new_tokens=new_tokens, eos_token_id=(), sampling=GREEDY).samples[0]
         return sample.stats.ttft_ms, sample.stats.itl_ms, sample.ids
 
     manifest = generator.package.manifest
-    step_bytes = manifest.decode_weight_bytes + manifest.cache_bytes_per_token * mean_length
-    return Engine(f"gpt2-edge {folder.name}", step_bytes, generate)
+    return Engine(
+        f"gpt2-edge {manifest.precision}, {folder.name}",
+        manifest.decode_weight_bytes + manifest.cache_bytes_per_token * mean_length,
+        generate,
+        precision=manifest.precision,
+        receipt=generator.decoder.receipt.to_dict(),
+    )
 
 
 def of_transformers(checkpoint: Path, place: Place, attention: str, step_bytes: float) -> Engine:
@@ -135,9 +141,12 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     place, device = options.device, f"cuda:{options.device.index}"
     mean_length = options.prompt_tokens + options.new_tokens / 2
     engines = [of_package(folder, place, mean_length) for folder in options.packages]
-    # What transformers must read is what a package of fp16 must.
-    half = next((engine.step_bytes for engine in engines if "fp16" in engine.name), engines[0].step_bytes)
-    engines += [of_transformers(options.checkpoint, place, attention, half) for attention in options.attention]
+    half = next((engine.step_bytes for engine in engines if engine.precision == "fp16"), None)
+    if options.attention and half is None:
+        raise RequestError(
+            "no package is fp16, whose bytes are what transformers must read; name one, or no --attention"
+        )
+    engines += [of_transformers(options.checkpoint, place, attention, half or 0) for attention in options.attention]
     n_vocab = json.loads((options.checkpoint / "config.json").read_text())["vocab_size"]
     rng = np.random.default_rng(0)
     prompts = rng.integers(0, n_vocab - 1, (1 + options.rounds, options.prompt_tokens))
@@ -169,7 +178,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "prompt_tokens": options.prompt_tokens,
         "new_tokens": options.new_tokens,
         "rounds": options.rounds,
-        "versions": {name: version(name) for name in ("torch", "transformers")},
+        "warm_up_rounds": 1,
+        "versions": {name: version(name) for name in ("torch", "transformers", "numpy")},
+        "receipts": {engine.name: engine.receipt for engine in engines if engine.receipt},
         "rows": [asdict(row) for row in rows],
         "profiles": {engine.name: profile(engine, prompts[0]) for engine in packages},
     }

@@ -5,8 +5,9 @@
     scripts/bench speculation draft PACKAGE DRAFT    a package drafts for another, in exact mode, over many texts
     scripts/bench speculation rounding PACKAGE       what a token run alone has other than one run in a piece
 
-Plain and speculative texts are written in turns in one process, each text by all ways in an order drawn anew, and the
-medians of their times are compared; the first round is a warm-up. Every way keeps what it learns from text to text, as
+Plain and speculative texts are written in turns in one process, each text by all ways, and the medians of their times
+are compared. Of repeats and varied, the order is drawn anew each time, and the first round is a warm-up; of draft, all
+ways run in the same two sessions, which rest between their runs. Every way keeps what it learns from text to text, as
 a loaded package does.
 Exit status 3 if a bar does not hold: repeats 3.0 times plain, varied 0.95, texts that are not identical in exact mode,
 predictions off by more than 15%.
@@ -193,6 +194,8 @@ def draft(options: argparse.Namespace) -> dict[str, object]:
     target = TextGenerator.load(options.package, draft=options.draft)
     package = target.draft
     assert package is not None, "it was loaded with one"
+    target.decoder.settle()
+    package.decoder.settle()
     paces = {"fixed": Pace(exact=True, draft_tokens=DRAFT_TOKENS), "adaptive": Pace(exact=True)}
     totals, same = dict.fromkeys(paces, SpeculationStats()), dict.fromkeys(paces, 0)
     ms: dict[str, list[float]] = {name: [] for name in ("no draft", *paces)}

@@ -5,7 +5,8 @@ the step once for each length and number of rows, and launches it as a whole fro
 in the mask. A captured step reads and writes the very addresses that it was captured with, so the buffers of a
 decoding that has ended are kept for the next one.
 
-One thread at a time has a GPU do something, and each has its own captures: onnxruntime keeps them by thread.
+One thread at a time has a GPU do something, and each has its own captures: onnxruntime keeps them by thread. That was
+tested on the CPU's memory; on a GPU it was seen what happens without.
 """
 
 from __future__ import annotations
@@ -98,10 +99,15 @@ class DeviceDecoder(Decoder):
         top_k = open_session(package.folder / TOP_K_MODEL, place=place, threads=threads)
         return cls(opened, package.manifest.config, top_k=top_k.session, device=place.device, index=place.index)
 
+    @property
+    def attention_rows(self) -> int:
+        """Tokens that attention takes at a time: all, so that no prompt is cut for it."""
+        return WHOLE
+
     def start(self, *, batch: int, capacity: int, unforeseen: bool = False) -> DeviceDecoding:
         """As `Decoder.start`; the buffers are those of a decoding that has ended, where some fit, and grow."""
         cache = DeviceCache(self.memory, batch=batch, capacity=capacity)
-        return DeviceDecoding(self, cache)
+        return DeviceDecoding(self, cache)  # type: ignore[arg-type]
 
     def run(self, session: onnxruntime.InferenceSession, binding: Any, *, graph_id: int = NO_CAPTURE) -> None:
         """Run what is bound.
@@ -126,9 +132,6 @@ class DeviceDecoding(Decoding):
 
     _decoder: DeviceDecoder
     cache: DeviceCache  # type: ignore[assignment]
-
-    def __init__(self, decoder: DeviceDecoder, cache: DeviceCache) -> None:
-        super().__init__(decoder, cache)  # type: ignore[arg-type]
 
     def append(
         self, row: int, ids: NDArray[np.int64], *, chunk_tokens: int = WHOLE, last_only: bool = False

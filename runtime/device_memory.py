@@ -26,7 +26,8 @@ mask that is too long costs little, and each length costs one capture."""
 
 ONE_THREAD = threading.RLock()
 """Held by whoever has a GPU do something. While one thread captures a step, all that another asks of CUDA fails, and
-the capture with it (seen: CUDA errors 901 and 700); other libraries of the process must keep away likewise."""
+the capture with it (seen: CUDA errors 901 and 700); other libraries of the process must keep away likewise. Not held
+while a decoder's memory is freed, by whichever thread drops it last: keep it until no other captures."""
 
 Returned = TypeVar("Returned")
 Parameters = ParamSpec("Parameters")

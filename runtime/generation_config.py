@@ -49,6 +49,6 @@ def refuse_unhonoured(values: Mapping[str, Any]) -> None:
     ]
     if asked:
         raise RequestError(
-            f"generation_config asks for {', '.join(asked)}, which this runtime does not do and will not ignore; "
-            "remove them from generation_config.json, or set them to null"
+            f"generation_config asks for {', '.join(asked)}, which this runtime does not take from there and will not "
+            "ignore; remove them from generation_config.json, or set them to null"
         )

@@ -44,7 +44,7 @@ class Scheduler:
         self._prefix_cache = prefix_cache
         self._speculator = speculator
         self._speculation: Speculation | None = None
-        self._decoding = decoder.start(batch=slots, capacity=capacity or 1, unforeseen=capacity is None)
+        self._decoding = decoder.start(batch=slots, capacity=capacity or 1, unforeseen=capacity is None and slots > 1)
         self._rows: list[Row] = []  # by slot; between steps some may have ended
 
     def run(self, take: Callable[[], Row | None]) -> Iterator[list[Row]]:
@@ -93,21 +93,16 @@ class Scheduler:
         return [row for _, row in full]
 
     def _admit(self, take: Callable[[], Row | None]) -> list[Row]:
-        """Fill the free slots, all before the first prompt is run: so the cache grows once for all of them."""
-        admitted: dict[int, Row] = {}  # by slot
+        admitted: list[Row] = []
         left = (slot for slot, row in enumerate(self._rows) if row.ended)
         for slot in chain(left, range(len(self._rows), self._decoding.cache.batch)):
             row = take()
             if row is None:
                 break
             self._rows[slot : slot + 1] = [row]
-            self._decoding.cache.lengths[slot] = 0  # what another row left there is not this one's
-            admitted[slot] = row
-        if admitted:
-            self._decoding.reserve(max(row.job.capacity for row in admitted.values()))
-        for slot, row in admitted.items():
             self._place(slot, row)
-        return list(admitted.values())
+            admitted.append(row)
+        return admitted
 
     def _place(self, slot: int, row: Row) -> None:
         """Run a row's ids from position 0, and take the token behind them."""
@@ -115,6 +110,7 @@ class Scheduler:
             return
         if row.is_full:
             row.slide()
+        self._decoding.reserve(row.job.capacity)
         logits = self._copied(slot, row)
         if logits is None:
             logits = self._prefilled(slot, row)

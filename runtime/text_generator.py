@@ -192,7 +192,7 @@ class TextGenerator:
 
         Args:
             requests: requests, or mere prompts; a GPT2EdgeError stands for one that could not be read.
-            batch_size: slots of the cache: samples that run together. Each holds as many tokens as the longest needs.
+            batch_size: slots of the cache: samples that run together. A slot's memory grows to what its longest takes.
             ordered: give results in the order of the requests; False gives each as soon as it has ended, and its
                 `index` tells which it is.
             on_error: what to do where a request is refused, or fails alone. "raise" raises its error, and the index

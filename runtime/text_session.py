@@ -186,6 +186,9 @@ class TextSession:
         """As `generate`, but yield the text as soon as it is certain.
 
         What was chosen is kept, whether the text is read to its end or not.
+
+        Raises:
+            RequestError: at the call, as `generate`; while it is read, if the session was changed since.
         """
         return self._stream(self._row(max_new_tokens, min_new_tokens, logits_processor))
 
@@ -275,20 +278,15 @@ class TextSession:
 
     def _chosen(self, row: Row) -> Iterator[int]:
         """Choose a token each time, and keep it unless it ends the text."""
-        n_ids = len(self._ids)
         while not row.ended:
-            if len(self._ids) != n_ids:
-                raise RequestError(
-                    f"the session has {len(self._ids)} tokens where its stream left {n_ids}: it was changed while the "
-                    "stream was read; begin a new one"
-                )
+            if self._ids != row.ids:
+                raise RequestError("the session was changed while a stream of it was read; begin a new stream")
             row.advance(self._run())
             if row.error is not None:
                 raise row.error
             if not row.ended_by_id:
                 self._ids.append(row.ids[-1])
                 self._generated.append(True)
-                n_ids += 1
                 yield row.ids[-1]
 
     def _run(self) -> NDArray[np.float32]:

@@ -32,7 +32,15 @@ PROMPTS = ["Once upon a time", "The ship", "It was a dark and stormy night; the 
 GREEDY = SamplingOptions.greedy()
 
 ROUNDING = 0.15
-"""Of logits, between float16 kernels for one row and those for several, or for a prompt."""
+"""Of logits, between float16 kernels for one row and those for several, or for a prompt. On an H200: 0.034 at fp16,
+0.025 at int8."""
+
+FURTHEST = {"fp16": 0.01, "int8": 0.03, "int4": 0.3}
+"""Mean error of a token's log-probability against float32. On the CPU, which runs the same packages: 0.0014, 0.0075 and
+0.12."""
+
+LEAST_SAME = 3 / 4
+"""Share of greedy texts that a batch leaves as they are: rounding may turn a choice. On an H200: all of 12."""
 
 
 @pytest.fixture(scope="session")
@@ -149,7 +157,7 @@ def test_tokens_are_as_probable_as_to_the_float32_model(
 ) -> None:
     ids = reference.generate(PROMPTS[2], max_new_tokens=400, sampling=SamplingOptions(seed=1)).samples[0].ids
     expected = reference.score(ids)
-    for precision, furthest in (("fp16", 0.01), ("int8", 0.03), ("int4", 0.3)):
+    for precision, furthest in FURTHEST.items():
         error = np.abs(TextGenerator.load(packages[precision]).score(ids) - expected)
         print(precision, "log-probabilities off by", error.mean(), "at most", error.max())
         assert error.mean() < furthest
@@ -178,7 +186,7 @@ def test_generate_many_gives_what_generate_gives(generator: TextGenerator) -> No
     many = list(generator.generate_many(requests, batch_size=3))
     same = [one.samples[0].ids == other.samples[0].ids for one, other in zip(alone, many, strict=True)]
     print("same", sum(same), "of", len(same))
-    assert sum(same) >= len(same) * 3 // 4
+    assert sum(same) >= LEAST_SAME * len(same)
 
 
 def test_threads_share_a_decoder(generator: TextGenerator) -> None:

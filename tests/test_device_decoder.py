@@ -210,8 +210,9 @@ def test_a_prompt_is_run_in_one_piece(decoder: DeviceDecoder, monkeypatch: pytes
         "_run_piece",
         lambda self, row, ids, keep: pieces.append(ids.shape[1]) or run_piece(self, row, ids, keep=keep),
     )
-    decoder.start(batch=1, capacity=60).prefill(0, IDS[:60])
-    assert pieces == [60]
+    length = 2 * CONFIG.head_dim + 1  # the CPU would leave a token alone behind whole rows of attention, and cuts
+    decoder.start(batch=1, capacity=length).prefill(0, IDS[:length])
+    assert pieces == [length]
 
 
 def test_memory_that_nobody_uses_is_given_up_for_what_is_asked_for(

@@ -398,7 +398,7 @@ def test_every_option_that_hugging_face_has_is_read() -> None:
 
 @pytest.mark.parametrize("name", NEUTRAL)
 def test_generation_config_that_asks_for_more_is_refused_by_name(name: str) -> None:
-    with pytest.raises(RequestError, match=f"asks for {name} 7, which this runtime does not do"):
+    with pytest.raises(RequestError, match=f"asks for {name} 7, which this runtime does not take"):
         SamplingOptions.from_generation_config({name: 7})
 
 

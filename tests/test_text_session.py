@@ -302,14 +302,25 @@ def test_stream_gives_the_text_of_generate_and_keeps_the_tokens(fp32: TextGenera
     assert streaming.text == generating.text
 
 
-@pytest.mark.parametrize("change", [lambda session: session.append("so"), lambda session: session.rewind(2)])
-def test_a_stream_whose_session_was_changed_ends(fp32: TextGenerator, change: Callable[[TextSession], None]) -> None:
+CHANGES: dict[str, Callable[[TextSession], object]] = {
+    "longer": lambda session: session.append("so"),
+    "shorter": lambda session: session.rewind(2),
+    "another of the same length": lambda session: (session.rewind(len(session.ids) - 1), session.append([7])),
+}
+
+
+@pytest.mark.parametrize("begun_already", [False, True])
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_stream_whose_session_was_changed_ends(
+    fp32: TextGenerator, change: Callable[[TextSession], object], begun_already: bool
+) -> None:
     session = begun(fp32)
     stream = session.stream(max_new_tokens=N_NEW)
-    next(stream)
+    if begun_already:
+        next(stream)
     change(session)
     ids = session.ids
-    with pytest.raises(RequestError, match="it was changed while the stream was read; begin a new one"):
+    with pytest.raises(RequestError, match="the session was changed while a stream of it was read; begin a new stream"):
         next(stream)
     assert session.ids == ids
     session.generate(max_new_tokens=2)
