@@ -47,6 +47,9 @@ bits of that token: 33, 65, 97 and so on with heads of 16, 97, 193 and 289 with 
 class Decoder:
     """A session and the numbers of its model. Threads may share it: what a generation changes is in its Decoding."""
 
+    chunk_tokens = CHUNK_TOKENS
+    """Tokens of a piece of a prompt where nothing else is asked for."""
+
     def __init__(
         self,
         opened: Opened,
@@ -156,7 +159,7 @@ class Decoding:
         self._bound: dict[tuple[int, int], _Rows] = {}
         self._last = np.empty((cache.batch, 1, decoder.config.n_vocab), np.float32)  # logits [B, 1, V], one set for all
 
-    def prefill(self, row: int, ids: NDArray[np.int64], *, chunk_tokens: int = CHUNK_TOKENS) -> NDArray[np.float32]:
+    def prefill(self, row: int, ids: NDArray[np.int64], *, chunk_tokens: int | None = None) -> NDArray[np.float32]:
         """Append ids to one row; arguments and errors as `append`.
 
         Returns:
@@ -167,14 +170,14 @@ class Decoding:
         return logits
 
     def append(
-        self, row: int, ids: NDArray[np.int64], *, chunk_tokens: int = CHUNK_TOKENS, last_only: bool = False
+        self, row: int, ids: NDArray[np.int64], *, chunk_tokens: int | None = None, last_only: bool = False
     ) -> Iterator[NDArray[np.float32]]:
         """Append ids to one row, behind whatever it holds, piece by piece.
 
         Args:
             row: 0 to B - 1.
             ids: [T] int64, T >= 1.
-            chunk_tokens: tokens to a piece.
+            chunk_tokens: tokens to a piece; None takes the decoder's.
             last_only: compute the logits of a piece's last token only.
         Yields:
             Logits [S, V] float32 of each piece, or [1, V], valid until the next.
@@ -186,6 +189,8 @@ class Decoding:
         past = int(self.cache.lengths[row])
         self._decoder.check_ids(ids, past=past)
         self.reserve(past + len(ids))
+        if chunk_tokens is None:
+            chunk_tokens = self._decoder.chunk_tokens
         if self._decoder.profile is not None:
             chunk_tokens = min(chunk_tokens, self._decoder.profile["max"][INPUT_IDS][1])
         for piece in pieces(len(ids), chunk_tokens, attention_rows=self._decoder.attention_rows):

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -70,6 +69,8 @@ class _Step:
 
 class DeviceDecoder(Decoder):
     """A decoder whose cache lies on the device of its session."""
+
+    chunk_tokens = WHOLE
 
     def __init__(
         self,
@@ -132,16 +133,6 @@ class DeviceDecoding(Decoding):
 
     _decoder: DeviceDecoder
     cache: DeviceCache  # type: ignore[assignment]
-
-    def append(
-        self, row: int, ids: NDArray[np.int64], *, chunk_tokens: int = WHOLE, last_only: bool = False
-    ) -> Iterator[NDArray[np.float32]]:
-        """As `Decoding.append`, in one piece where nothing else is asked for."""
-        return super().append(row, ids, chunk_tokens=chunk_tokens, last_only=last_only)
-
-    def prefill(self, row: int, ids: NDArray[np.int64], *, chunk_tokens: int = WHOLE) -> NDArray[np.float32]:
-        """As `Decoding.prefill`, in one piece where nothing else is asked for."""
-        return super().prefill(row, ids, chunk_tokens=chunk_tokens)
 
     def reserve(self, tokens: int) -> None:
         """Make room for rows of `tokens` tokens; errors as `DeviceMemory.borrow`."""

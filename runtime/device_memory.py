@@ -95,21 +95,17 @@ class DeviceMemory:
             if (idle.batch, idle.capacity) == (batch, capacity):
                 return self._idle.pop(place)
         shape = batch, self.config.n_head, capacity, self.config.head_dim
-        try:
+        while True:
             try:
-                values = self._zeros(shape)
-            except Exception:
+                return Buffers(batch, capacity, self._zeros(shape))
+            except Exception as error:
                 if not self._idle:
-                    raise
-                self._idle.clear()
-                values = self._zeros(shape)
-        except Exception as error:
-            reason = " ".join(str(error).split())
-            raise MachineError(
-                f"no memory on {self.device} for {batch} rows of {capacity} tokens ({reason}); ask for fewer samples "
-                "at once, or fewer tokens"
-            ) from error
-        return Buffers(batch, capacity, values)
+                    reason = " ".join(str(error).split())
+                    raise MachineError(
+                        f"no memory on {self.device} for {batch} rows of {capacity} tokens ({reason}); ask for fewer "
+                        "samples at once, or fewer tokens"
+                    ) from error
+            self._idle.clear()  # behind the error, which held what was allocated of the new ones
 
     def _zeros(self, shape: tuple[int, ...]) -> list[Any]:
         return [self.on_device(np.zeros(shape, np.float16)) for _ in range(2 * self.config.n_layer)]
