@@ -30,9 +30,10 @@ from runtime.decoder import Decoder
 from runtime.errors import CheckpointError, VerificationError
 from runtime.package import CONFIG, LOGITS, Attention, GoldenPrompt, Precision
 
+from .attention import ATTENTION
 from .checkpoint import EMBEDDING, HEAD, Checkpoint, fit_vocabulary, read_checkpoint
 from .checkpoint_files import Float32Array
-from .graph import ATTENTION, IR_VERSION, OPSET, build_graph, declare_inputs, declare_outputs, last_positions
+from .graph import IR_VERSION, OPSET, build_graph, declare_inputs, declare_outputs, last_positions
 from .onnx_builder import GraphBuilder, WeightsFile
 from .onnx_export import OnnxExport, read_onnx_export
 from .products import PRODUCTS, Tensors

@@ -25,9 +25,9 @@ from runtime.package import (
     present_name,
 )
 
+from .attention import ATTENTION
 from .checkpoint import EMBEDDING, HEAD
 from .graph import (
-    ATTENTION,
     IR_VERSION,
     OPSET,
     check_supported,

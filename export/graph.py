@@ -9,8 +9,6 @@ which the graph uses them, and are on disk before the next is read.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import onnx
@@ -27,44 +25,24 @@ from runtime.package import (
     NEXT_IDS,
     NUM_LOGITS_TO_KEEP,
     POSITION_IDS,
-    Attention,
     CacheType,
     Precision,
     past_name,
     present_name,
 )
 
+from .attention import ATTENTION, AttentionInputs, AttentionLayer, read_mask, write_attention
 from .onnx_builder import MICROSOFT, GraphBuilder, WeightsFile
 from .products import PRODUCTS, Tensors
 
 OPSET = 21
 IR_VERSION = 10
-ATTENTION: Attention = "GroupQueryAttention"
 HEAD_DIM_STEP = 8
 """Numbers; onnxruntime's GroupQueryAttention takes heads of 8, 16, 24 ... and refuses others at the first run only."""
-
-QUANTIZED_CACHE: Mapping[CacheType, Mapping[str, Any]] = {
-    "float32": {},
-    "float16": {},
-    "int8": {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8},
-}
-"""Attributes of the attention operator."""
-
-MASKED_SCORE = -1e9
-"""Added to the score of a key that the mask hides. Finite: a row of padding alone stays finite, and spreads no NaN."""
 
 BATCH, NEW, PAST = "batch_size", "sequence_length", "past_sequence_length"
 TOTAL = f"{PAST} + {NEW}"
 """Axis names that other clients read: transformers.js takes a batch axis of any other name as empty."""
-
-
-@dataclass(frozen=True, slots=True)
-class _AttentionInputs:
-    """What every layer's attention is told about the mask."""
-
-    last_key: str  # [B] int32, index of a row's last key
-    total_length: str  # scalar int32, P + S
-    bias: str  # [B, 1, S, P + S] float32
 
 
 def build_graph(config: GPT2Config, tensors: Tensors, precision: Precision, weights: WeightsFile) -> onnx.ModelProto:
@@ -187,7 +165,7 @@ class _GraphWriter:
     def write(self) -> onnx.ModelProto:
         graph, config = self._graph, self._config
         declare_inputs(graph, config, self._kv_cache)
-        mask = self._read_mask()
+        mask = read_mask(graph, config, int8_cache=self._kv_cache == "int8")
         table = self._products.token_table(graph, "wte.weight", self._tensors["wte.weight"])
         rows = table.embed(graph, INPUT_IDS)
         positions = graph.node("Gather", [self._weight("wpe.weight"), POSITION_IDS], "wpe.weight/rows")
@@ -202,49 +180,14 @@ class _GraphWriter:
         declare_outputs(graph, config, self._kv_cache)
         return graph.model(name="gpt2", opset=OPSET, ir_version=IR_VERSION, producer="gpt2-edge")
 
-    def _read_mask(self) -> _AttentionInputs:
-        """One reading for every kind of padding.
-
-        The last key of a row is the largest index with a 1 (a sum of ones would be wrong for left padding), and keys
-        with a 0 before it are hidden by a bias.
-        """
-        node, constant = self._graph.node, self._graph.constant
-        total = node("Shape", [ATTENTION_MASK], "mask/total", start=1, end=2)  # [1]
-        length = node("Squeeze", [total], "mask/length")  # scalar
-        index = node("Range", [constant(0, np.int64), length, constant(1, np.int64)], "mask/index")  # [T]
-        visible_index = node("Mul", [ATTENTION_MASK, index], "mask/visible_index")
-        last = node("ReduceMax", [visible_index, constant([1], np.int64)], "mask/last", keepdims=0)
-        visible = node("Cast", [ATTENTION_MASK], "mask/visible", to=TensorProto.FLOAT)
-        hidden = node("Sub", [constant(1, np.float32), visible], "mask/hidden")
-        penalty = node("Mul", [hidden, constant(MASKED_SCORE, np.float32)], "mask/penalty")  # [B, T]
-        per_head = node("Unsqueeze", [penalty, constant([1, 2], np.int64)], "mask/penalty_per_head")  # [B, 1, 1, T]
-        new = node("Shape", [INPUT_IDS], "mask/new", start=1, end=2)
-        shape = node("Concat", [constant([1, 1], np.int64), new, constant([1], np.int64)], "mask/bias_shape", axis=0)
-        return _AttentionInputs(
-            last_key=node("Cast", [last], "mask/last_key", to=TensorProto.INT32),
-            total_length=node("Cast", [length], "mask/total_length", to=TensorProto.INT32),
-            bias=node("Expand", [per_head, shape], "mask/bias"),  # [B, 1, S, T]
-        )
-
-    def _attention(self, layer: int, hidden: str, mask: _AttentionInputs) -> str:
+    def _attention(self, layer: int, hidden: str, mask: AttentionInputs) -> str:
         name = f"h.{layer}.attn"
         qkv = self._linear_with_bias(f"{name}.c_attn", self._layer_norm(f"h.{layer}.ln_1", hidden))  # [B, S, 3D]
-        past = [past_name(layer, kind) for kind in CACHE_KINDS]
-        present = [present_name(layer, kind) for kind in CACHE_KINDS]
-        no_rotary, no_sink = ["", "", ""], ""
-        inputs = [qkv, "", "", *past, mask.last_key, mask.total_length, *no_rotary, mask.bias]
+        scales = None
         if self._kv_cache == "int8":
-            inputs += [no_sink, *(self._weight(cache_scale_name(layer, kind)) for kind in CACHE_KINDS)]
-        context, *_ = self._graph.node_with_outputs(
-            ATTENTION,
-            inputs,
-            [f"{name}/context", *present],
-            domain=MICROSOFT,
-            num_heads=self._config.n_head,
-            kv_num_heads=self._config.n_head,
-            scale=self._config.attention_scale(layer),
-            **QUANTIZED_CACHE[self._kv_cache],
-        )
+            key, value = (self._weight(cache_scale_name(layer, kind)) for kind in CACHE_KINDS)
+            scales = key, value
+        context = write_attention(self._graph, AttentionLayer(self._config, layer, scales), qkv, mask)
         return self._linear_with_bias(f"{name}.c_proj", context)
 
     def _mlp(self, layer: int, hidden: str) -> str:

@@ -101,6 +101,20 @@ class GraphBuilder:
         self._nodes.append(helper.make_node(op_type, inputs, outputs, name=outputs[0], domain=domain, **attributes))
         return outputs
 
+    def branch(self) -> GraphBuilder:
+        """A graph that sees all values of this one, for `choose`; its weights and constants are stored here."""
+        branch = GraphBuilder(self._weights)
+        branch._initializers = self._initializers
+        return branch
+
+    def choose(self, condition: str, then: GraphBuilder, otherwise: GraphBuilder, outputs: Sequence[str]) -> None:
+        """Append a node that runs one of two branches, and gives its outputs these names, in their order."""
+        graphs = {
+            attribute: helper.make_graph(branch._nodes, f"{outputs[0]}/{attribute}", [], branch._outputs)
+            for attribute, branch in (("then_branch", then), ("else_branch", otherwise))
+        }
+        self.node_with_outputs("If", [condition], outputs, **graphs)
+
     def append(self, node: onnx.NodeProto) -> None:
         """Append a node that another graph has."""
         self._nodes.append(node)

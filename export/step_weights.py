@@ -7,6 +7,7 @@ in full: the positions, and the embedding unless it is the head too.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import onnx
 from onnx import helper
@@ -21,7 +22,7 @@ RESHAPERS = ("Unsqueeze", "Reshape")
 def decode_weight_bytes(model: onnx.ModelProto) -> int:
     """Bytes of all initializers that are read in full by a run, however few tokens it is given."""
     reads: dict[str, list[tuple[onnx.NodeProto, int]]] = {}  # by name of a value: who reads it, as which input
-    for node in model.graph.node:
+    for node in _nodes(model.graph):
         for place, name in enumerate(node.input):
             reads.setdefault(name, []).append((node, place))
 
@@ -33,6 +34,15 @@ def decode_weight_bytes(model: onnx.ModelProto) -> int:
         )
 
     return sum(_bytes(tensor) for tensor in model.graph.initializer if not is_picked_from(tensor.name))
+
+
+def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    """All nodes, those of branches too: what prompts alone read is scales and little else."""
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                yield from _nodes(attribute.g)
 
 
 def _bytes(tensor: onnx.TensorProto) -> int:

@@ -16,9 +16,20 @@ from export.convert import convert
 from quantization.divergence import kl_divergence
 from quantization.recipes import CACHE_MARGIN, cache_scale
 from runtime import RequestError
-from runtime.decoder import Decoder
-from runtime.kv_cache import KVCache
-from runtime.package import MODEL_FILES, open_package, past_name, read_manifest
+from runtime.decoder import Decoder, Decoding
+from runtime.kv_cache import Buffer, KVCache
+from runtime.package import (
+    ATTENTION_MASK,
+    CACHE_KINDS,
+    INPUT_IDS,
+    LOGITS,
+    MODEL_FILES,
+    POSITION_IDS,
+    open_package,
+    past_name,
+    present_name,
+    read_manifest,
+)
 from runtime.text_generator import TextGenerator, open_decoder
 from runtime.verify import replay
 
@@ -63,6 +74,52 @@ def test_the_graph_says_so(package: Path) -> None:
 
 def test_pieces_give_the_bits_of_one_run(decoder: Decoder) -> None:
     np.testing.assert_array_equal(logits(decoder, IDS, 7), logits(decoder, IDS, len(IDS)))
+
+
+def test_onnx_finds_no_fault(package: Path) -> None:
+    onnx.checker.check_model(package / MODEL_FILES["int8"], full_check=True)
+
+
+def first_layer(decoding: Decoding) -> list[Buffer]:
+    """Keys and values [H, T, D] of the only row."""
+    return [buffer[0, :, : decoding.cache.lengths[0]] for _, _, buffer in decoding.cache.bindings(slice(0, 1))][
+        : len(CACHE_KINDS)
+    ]
+
+
+def test_a_prompt_fills_the_cache_as_steps_do(decoder: Decoder) -> None:
+    """In the first layer, whose input is the same either way: the two branches quantize alike."""
+    at_once, one_by_one = decoder.start(batch=1, capacity=100), decoder.start(batch=1, capacity=100)
+    at_once.prefill(0, IDS)
+    for token in IDS:
+        one_by_one.decode_step(np.array([token]))
+    for written, stepped in zip(first_layer(at_once), first_layer(one_by_one), strict=True):
+        np.testing.assert_array_equal(written, stepped)
+        assert np.abs(written).max() > 50
+
+
+def run_whole(decoder: Decoder, rows: list[NDArray[np.int64]], room: int) -> dict[str, NDArray[np.generic]]:
+    """Run left-padded prompts as other clients do, in buffers for `room` tokens: all outputs by name."""
+    config, length = decoder.config, max(map(len, rows))
+    mask = np.array([[0] * (length - len(row)) + [1] * len(row) for row in rows], np.int64)
+    empty = np.zeros((len(rows), config.n_head, room, config.head_dim), np.int8)
+    feeds = {past_name(layer, kind): empty for layer in range(config.n_layer) for kind in CACHE_KINDS}
+    feeds[INPUT_IDS] = np.array([[0] * (length - len(row)) + list(row) for row in rows], np.int64)
+    feeds[ATTENTION_MASK] = mask
+    feeds[POSITION_IDS] = np.maximum(mask.cumsum(axis=1) - 1, 0)
+    names = [output.name for output in decoder.session.get_outputs()]
+    return dict(zip(names, decoder.session.run(names, feeds), strict=True))
+
+
+@pytest.mark.parametrize("room", [0, 64], ids=["grown by onnxruntime", "with room"])
+def test_padded_prompts_give_what_they_give_alone(decoder: Decoder, room: int) -> None:
+    rows = [IDS[:30], IDS[40:57]]
+    outputs = run_whole(decoder, rows, room)
+    assert outputs[present_name(3, "key")].shape == (2, 4, room or 30, 64)
+    for row, ids in enumerate(rows):
+        alone = np.concatenate([piece.copy() for piece in decoder.logits(ids)])
+        got = outputs[LOGITS][row, -len(ids) :]
+        assert kl_divergence(alone, got).max() < KL_OF_THE_CACHE
 
 
 def test_rows_of_different_lengths_decode_as_they_do_alone(decoder: Decoder) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
@@ -97,3 +98,21 @@ def test_a_model_is_what_was_appended(tmp_path: Path) -> None:
     assert [(node.op_type, node.name) for node in model.graph.node] == [("Mul", "squared"), ("Add", "y")]
     assert (model.ir_version, model.producer_name) == (10, "someone")
     assert {opset.domain: opset.version for opset in model.opset_import} == {"": 21, "com.microsoft": 1}
+
+
+@pytest.mark.parametrize("condition", [True, False])
+def test_one_of_two_branches_runs(tmp_path: Path, condition: bool) -> None:
+    with (tmp_path / "weights").open("wb") as file:
+        builder = GraphBuilder(WeightsFile(file, "weights"))
+        asked, x = builder.input("asked", TensorProto.BOOL, []), builder.input("x", TensorProto.FLOAT, [2])
+        doubled, halved = builder.branch(), builder.branch()
+        for branch, name, factor in ((doubled, "doubled", 2), (halved, "halved", 0.5)):
+            branch.node("Mul", [x, branch.constant(factor, np.float32)], name)
+            branch.output(name, TensorProto.FLOAT, [2])
+        builder.choose(asked, doubled, halved, ["y"])
+        builder.output("y", TensorProto.FLOAT, [2])
+    model = builder.model(name="g", opset=21, ir_version=10, producer="test", domains=("",))
+    onnx.checker.check_model(model, full_check=True)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    (y,) = session.run(["y"], {"asked": np.array(condition), "x": np.array([3, -1], np.float32)})
+    np.testing.assert_array_equal(y, [6, -2] if condition else [1.5, -0.5])
