@@ -28,7 +28,7 @@ from .package import (
 )
 from .place import CPU, Place
 from .provider import CPU_PROVIDER
-from .session import Opened, open_session
+from .session import Opened, giving_back, open_session
 from .tensorrt_options import check_fits
 from .wheel import load_onnxruntime
 
@@ -194,7 +194,9 @@ class Decoding:
         if self._decoder.profile is not None:
             chunk_tokens = min(chunk_tokens, self._decoder.profile["max"][INPUT_IDS][1])
         for piece in pieces(len(ids), chunk_tokens, attention_rows=self._decoder.attention_rows):
-            yield self._run_piece(row, ids[None, piece], keep=1 if last_only else piece.stop - piece.start)
+            keep = 1 if last_only else piece.stop - piece.start
+            ends_long = piece.start > 0 and piece.stop == len(ids)
+            yield self._run_piece(row, ids[None, piece], keep=keep, ends_long=ends_long)
 
     def insert(self, row: int, tokens: Buffer) -> None:
         """Append tokens that this decoder has run before, by their keys and values, behind whatever the row holds.
@@ -237,9 +239,12 @@ class Decoding:
         if self.cache.reserve(tokens):
             self._bound.clear()
 
-    def _run_piece(self, row: int, ids: NDArray[np.int64], *, keep: int) -> NDArray[np.float32]:
-        """Logits [keep, V] after the last of ids [1, S], for which there is room."""
-        logits: NDArray[np.float32] = self._rows(row, row + 1).run(ids, keep=keep)[0]
+    def _run_piece(self, row: int, ids: NDArray[np.int64], *, keep: int, ends_long: bool) -> NDArray[np.float32]:
+        """Logits [keep, V] after the last of ids [1, S], for which there is room.
+
+        Behind the last piece of a long prompt, the memory that pieces of it took is given back.
+        """
+        logits: NDArray[np.float32] = self._rows(row, row + 1).run(ids, keep=keep, gives_back=ends_long)[0]
         return logits
 
     def _run_step(self, ids: NDArray[np.int64], wanted: int | None) -> NDArray[np.float32]:
@@ -274,8 +279,12 @@ class _Rows:
         self._last = last  # [B, 1, V]: where the logits go if only the last are kept
         self._logits = np.empty((0, 0, 0), np.float32)
 
-    def run(self, ids: NDArray[np.int64], *, keep: int) -> NDArray[np.float32]:
-        """Append ids [B, S] to the rows; logits [B, keep, V] after the last `keep`, valid until the next run."""
+    def run(self, ids: NDArray[np.int64], *, keep: int, gives_back: bool = False) -> NDArray[np.float32]:
+        """Append ids [B, S] to the rows; logits [B, keep, V] after the last `keep`, valid until the next run.
+
+        Args:
+            gives_back: have onnxruntime give back the memory that it keeps for the next run.
+        """
         n_rows, n_new = ids.shape
         self._set_input(INPUT_IDS, ids)
         self._set_input(POSITION_IDS, self._lengths[:, None] + np.arange(n_new))  # [B, S]
@@ -289,7 +298,7 @@ class _Rows:
             self._logits = self._last if computed == 1 else np.empty((n_rows, computed, self._n_vocab), np.float32)
             self._bind_output(LOGITS, self._logits)
         try:
-            self._session.run_with_iobinding(self._binding)
+            self._session.run_with_iobinding(self._binding, giving_back() if gives_back else None)
         except Exception as error:
             reason = " ".join(str(error).split())
             raise MachineError(f"onnxruntime failed to run the model ({reason}); free memory and run again") from error

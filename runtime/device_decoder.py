@@ -139,7 +139,7 @@ class DeviceDecoding(Decoding):
         self.cache.reserve(tokens)
 
     @alone
-    def _run_piece(self, row: int, ids: NDArray[np.int64], *, keep: int) -> NDArray[np.float32]:
+    def _run_piece(self, row: int, ids: NDArray[np.int64], *, keep: int, ends_long: bool) -> NDArray[np.float32]:
         rows, n_new = slice(row, row + 1), ids.shape[1]
         end = int(self.cache.lengths[row]) + n_new
         step = self.cache.buffers.piece = self._bind(rows, n_new, mask_length=end, keep=keep)

@@ -208,7 +208,7 @@ def test_a_prompt_is_run_in_one_piece(decoder: DeviceDecoder, monkeypatch: pytes
     monkeypatch.setattr(
         DeviceDecoding,
         "_run_piece",
-        lambda self, row, ids, keep: pieces.append(ids.shape[1]) or run_piece(self, row, ids, keep=keep),
+        lambda self, row, ids, **options: pieces.append(ids.shape[1]) or run_piece(self, row, ids, **options),
     )
     length = 2 * CONFIG.head_dim + 1  # the CPU would leave a token alone behind whole rows of attention, and cuts
     decoder.start(batch=1, capacity=length).prefill(0, IDS[:length])
