@@ -283,7 +283,7 @@ class _Rows:
         """Append ids [B, S] to the rows; logits [B, keep, V] after the last `keep`, valid until the next run.
 
         Args:
-            gives_back: have onnxruntime give back the memory that it keeps for the next run.
+            gives_back: have onnxruntime give back the memory that it keeps for the next run, on the CPU.
         """
         n_rows, n_new = ids.shape
         self._set_input(INPUT_IDS, ids)
@@ -298,7 +298,8 @@ class _Rows:
             self._logits = self._last if computed == 1 else np.empty((n_rows, computed, self._n_vocab), np.float32)
             self._bind_output(LOGITS, self._logits)
         try:
-            self._session.run_with_iobinding(self._binding, giving_back() if gives_back else None)
+            options = giving_back() if gives_back and self._reads_own_memory else None
+            self._session.run_with_iobinding(self._binding, options)
         except Exception as error:
             reason = " ".join(str(error).split())
             raise MachineError(f"onnxruntime failed to run the model ({reason}); free memory and run again") from error
