@@ -133,9 +133,9 @@ def step_sizes(tiny: TextGenerator, monkeypatch: pytest.MonkeyPatch) -> Iterator
             run = bound.run  # type: ignore[attr-defined]
 
             class Watched:
-                def run(self, ids: NDArray[np.int64], *, keep: int) -> object:
+                def run(self, ids: NDArray[np.int64], **options: Any) -> object:
                     runs.append((ids.shape[0], ids.shape[1]))
-                    return run(ids, keep=keep)
+                    return run(ids, **options)
 
             return Watched()
 
