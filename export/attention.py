@@ -101,7 +101,7 @@ def read_mask(graph: GraphBuilder, config: GPT2Config, *, int8_cache: bool) -> A
         last_key=node("Cast", [last], "mask/last_key", to=TensorProto.INT32),
         total_length=node("Cast", [length], "mask/total_length", to=TensorProto.INT32),
         bias=bias,
-        prompt=_prompt_inputs(graph, config, bias) if int8_cache else None,
+        prompt=_prompt_inputs(graph, config, total=total, index=index, new=new, bias=bias) if int8_cache else None,
     )
 
 
@@ -153,31 +153,31 @@ def _write_fused(
     )
 
 
-def _prompt_inputs(graph: GraphBuilder, config: GPT2Config, bias: str) -> PromptInputs:
+def _prompt_inputs(
+    graph: GraphBuilder, config: GPT2Config, *, total: str, index: str, new: str, bias: str
+) -> PromptInputs:
+    """From what was read of the mask: T and S [1], the indices [T] of all keys, and the bias [B, 1, S, T]."""
     node, constant = graph.node, graph.constant
     zero, one = constant(0, np.int64), constant(1, np.int64)
     rows = node("Shape", [INPUT_IDS], "prompt/rows", start=0, end=1)
-    new = node("Shape", [INPUT_IDS], "prompt/new", start=1, end=2)
-    total = node("Shape", [ATTENTION_MASK], "prompt/total", start=1, end=2)
     room = node("Shape", [past_name(0, CACHE_KINDS[0])], "prompt/room", start=2, end=3)
-    n_rows, n_new, n_room, length = (node("Squeeze", [each], f"{each}/scalar") for each in (rows, new, room, total))
-    past = node("Squeeze", [node("Sub", [total, new], "prompt/past")], "prompt/past/scalar")
+    n_rows = node("Squeeze", [rows], "prompt/n_rows")
+    past = node("Sub", [total, new], "prompt/past")
     shape = node(
         "Concat", [rows, constant([config.n_head], np.int64), new, constant([1], np.int64)], "prompt/shape", axis=0
     )
     row = node("Range", [zero, n_rows, one], "prompt/row")
     row = node("Unsqueeze", [row, constant([1, 2, 3], np.int64)], "prompt/row/of_place")  # [B, 1, 1, 1]
     head = constant(np.arange(config.n_head).reshape(-1, 1, 1), np.int64)
-    place = node("Range", [past, length, one], "prompt/place")
+    place = node("Slice", [index, past, total], "prompt/place")
     place = node("Unsqueeze", [place, constant([1], np.int64)], "prompt/place/of_row")  # [S, 1]
     indices = [node("Expand", [each, shape], f"prompt/index/{axis}") for axis, each in enumerate((row, head, place))]
 
-    key = node("Range", [zero, length, one], "prompt/key")  # [T]
-    later = node("Greater", [key, place], "prompt/later")  # [S, T]
+    later = node("Greater", [index, place], "prompt/later")  # [S, T]
     penalty = node("Where", [later, constant(MASKED_SCORE, np.float32), constant(0, np.float32)], "prompt/penalty")
     return PromptInputs(
-        taken=node("Greater", [n_new, one], "prompt/taken"),
-        fits=node("GreaterOrEqual", [n_room, length], "prompt/fits"),
+        taken=node("Squeeze", [node("Greater", [new, one], "prompt/several")], "prompt/taken"),
+        fits=node("Squeeze", [node("GreaterOrEqual", [room, total], "prompt/enough")], "prompt/fits"),
         places=node("Concat", indices, "prompt/places", axis=3),
         total=total,
         bias=node("Add", [bias, penalty], "prompt/bias"),

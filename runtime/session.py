@@ -95,9 +95,9 @@ def _overrides(activations: Activations) -> Mapping[str, Any]:
 def giving_back() -> onnxruntime.RunOptions:
     """Options of a run that gives the arena's memory back when it ends.
 
-    The arena keeps memory from run to run: 20 MB of 774M int8 behind a prompt of 954 tokens, 40 with int8 keys and
-    values. Without an arena the C library keeps more there, 200 MB, or gives all back after each run and takes it anew
-    page by page, which was a fifth of a short prompt's time.
+    The arena keeps memory from run to run: 774M int8 40 to 50 MB behind a prompt of 900 tokens. Without an
+    arena the C library kept 200 MB more there with int8 keys and values, or gave all back after each run and took it
+    anew page by page: a fifth of a short prompt's time.
     """
     options = load_onnxruntime().RunOptions()
     options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")

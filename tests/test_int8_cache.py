@@ -82,9 +82,9 @@ def test_onnx_finds_no_fault(package: Path) -> None:
 
 def first_layer(decoding: Decoding) -> list[Buffer]:
     """Keys and values [H, T, D] of the only row."""
-    return [buffer[0, :, : decoding.cache.lengths[0]] for _, _, buffer in decoding.cache.bindings(slice(0, 1))][
-        : len(CACHE_KINDS)
-    ]
+    cache = decoding.cache
+    bound = list(cache.bindings(slice(0, 1)))[: len(CACHE_KINDS)]
+    return [buffer[0, :, : cache.lengths[0]] for _, _, buffer in bound]
 
 
 def test_a_prompt_fills_the_cache_as_steps_do(decoder: Decoder) -> None:
