@@ -84,7 +84,7 @@ def write_model(
             tensors,
             ids,
             target.quantized,
-            lambda done: progress("calibration", done, config.parameter_count),
+            lambda done, total: progress("calibration", done, total),
             kv_cache=target.kv_cache,
         )
         text_source = "that the model wrote" if text is None else "of a text that was given"

@@ -31,3 +31,14 @@ def blocks_of_grid(weight: Float32Array, grid: Grid, *, bits: int) -> Blocks:
     if bits == 4:
         values = values[:, :, 0::2] | values[:, :, 1::2] << 4
     return Blocks(values, np.ascontiguousarray(grid.scale.T), bits, grid.group, n_rows)
+
+
+def weights_of_blocks(blocks: Blocks) -> Float32Array:
+    """The matrix [N, K] that the codes stand for."""
+    codes = blocks.values
+    if blocks.bits == 4:
+        codes = np.stack([codes & 15, codes >> 4], axis=-1)  # [N, blocks, size / 2, 2]
+    steps = codes.reshape(*blocks.scale.shape, blocks.size).astype(np.float32)
+    steps -= np.float32(2 ** (blocks.bits - 1))
+    steps *= blocks.scale[:, :, None]
+    return steps.reshape(len(steps), -1)[:, : blocks.n_columns]

@@ -71,15 +71,24 @@ def _round_columns(weight: Float32Array, feedback: Float32Array, grid: Grid, ord
 
 def _feedback(hessian: Float32Array, damping: float) -> Float32Array:
     """I + U [K, K] of H = (I + U) D (I + U)^T: column k says what each earlier error adds to row k."""
-    damped = hessian.astype(np.float64)
-    diagonal = np.einsum("kk->k", damped)  # a view
-    if not np.isfinite(diagonal).all():
-        raise QuantizationError("a matrix is given inputs that are not finite; the checkpoint is damaged")
-    diagonal += max(damping * float(diagonal.mean()), float(np.finfo(np.float32).tiny))
     try:
         # numpy factors into lower times upper: from the last row to the first, that is upper times lower.
-        factor = np.linalg.cholesky(damped[::-1, ::-1])[::-1, ::-1]
+        factor = np.linalg.cholesky(damped(hessian, damping)[::-1, ::-1])[::-1, ::-1]
     except np.linalg.LinAlgError:
         return _feedback(hessian, 10 * damping)  # float32 sums left it indefinite
     result: Float32Array = (factor / np.diag(factor)).astype(np.float32)
+    return result
+
+
+def damped(hessian: Float32Array, damping: float) -> NDArray[np.float64]:
+    """X^T X [K, K] in float64, a share of its diagonal's mean added to the diagonal.
+
+    Raises:
+        QuantizationError: the inputs were not finite.
+    """
+    result: NDArray[np.float64] = hessian.astype(np.float64)
+    diagonal = np.einsum("kk->k", result)  # a view
+    if not np.isfinite(diagonal).all():
+        raise QuantizationError("a matrix is given inputs that are not finite; the checkpoint is damaged")
+    diagonal += max(damping * float(diagonal.mean()), float(np.finfo(np.float32).tiny))
     return result

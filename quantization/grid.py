@@ -14,8 +14,9 @@ Float32Array = NDArray[np.float32]
 SMALLEST_PEAK = 1e-30
 """Below it a group counts as zero: its scale could not be inverted in float32."""
 
-SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
-"""Shares of a group's largest weight that are tried as its range: cutting the largest may serve all the others."""
+RANGES = (1.05, 1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
+"""Shares of a group's largest weight that are tried as its range: cutting the largest may serve all the others, and so
+may steps a little wider than it needs."""
 
 COLUMNS_PER_STEP = 512
 """Columns that are searched at a time, so that temporaries stay in the processor's cache."""
@@ -42,6 +43,11 @@ class Grid:
         np.clip(codes, self.lowest, self.highest, out=codes)
         codes *= scale
         return codes
+
+    def points(self, codes: Float32Array) -> Float32Array:
+        """The weights [K, N] of codes."""
+        weight: Float32Array = codes * np.repeat(self.scale, self.group, axis=0)[: len(codes)]
+        return weight
 
     def codes(self, weight: Float32Array) -> Float32Array:
         """The codes of a matrix [K, N], as floats; a weight on the grid gives its own code exactly."""
@@ -102,12 +108,12 @@ def _groups(weight: Float32Array, group: int) -> Float32Array:
 
 
 def _search(groups: Float32Array, counts: Float32Array, steps: int) -> Float32Array:
-    """The best scale [G, n] of groups [G, group, n] among the shrunken ranges."""
+    """The best scale [G, n] of groups [G, group, n] among the ranges."""
     high, low = groups.max(axis=1), groups.min(axis=1)  # [G, n]
     widest = _scale(np.where(high > -low, -high, -low), steps)
     best, least = widest, np.full(widest.shape, np.inf, np.float32)
-    for shrink in SHRINKS:
-        scale = widest * np.float32(shrink)
+    for share in RANGES:
+        scale = widest * np.float32(share)
         error = groups / scale[:, None]
         np.rint(error, out=error)
         np.clip(error, -steps, steps - 1, out=error)

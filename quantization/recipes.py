@@ -15,10 +15,11 @@ import numpy as np
 
 from runtime.errors import QuantizationError
 
-from .blocks import Blocks, blocks_of_grid
+from .blocks import Blocks, blocks_of_grid, weights_of_blocks
 from .gptq import DAMPING, round_compensated
 from .grid import Float32Array, searched_grid, symmetric_grid
 from .int8 import INT8_MAX, Int8Columns, columns_of_grid, quantize_blocks, quantize_columns
+from .refit import refitted
 
 Quantized = Literal["int8", "int4", "int8-weights", "int4-weights", "int8-static"]
 """Recipes that quantize. "-weights": activations stay float16, for CUDA. "-static": all activations of a product share
@@ -165,5 +166,27 @@ def _int4_blocks(weight: Float32Array, size: int, hessian: Float32Array | None, 
     """The transpose of a [K, N] matrix in 4-bit blocks along K."""
     importance = np.ones(len(weight), np.float32) if hessian is None else np.diag(hessian)
     grid = searched_grid(weight, bits=4, group=size, importance=importance)
-    rounded = weight if hessian is None else round_compensated(weight, hessian, grid, damping=damping)
-    return blocks_of_grid(rounded, grid, bits=4)
+    if hessian is None:
+        return blocks_of_grid(weight, grid, bits=4)
+    rounded = round_compensated(weight, hessian, grid, damping=damping)
+    final = refitted(grid, weight, rounded, hessian, damping=damping)
+    return blocks_of_grid(final.points(grid.codes(rounded)), final, bits=4)
+
+
+def dequantized(tensor: Tensor) -> Float32Array:
+    """What a tensor's codes stand for: [K, N] of a matrix, [V, D] of a table."""
+    result: Float32Array
+    match tensor:
+        case Int8Columns():
+            result = tensor.values * tensor.scale
+        case Blocks():
+            result = weights_of_blocks(tensor).T
+        case SplitMatrix():
+            result = np.concatenate([dequantized(tensor.quantized), tensor.kept])
+        case TokenTable():
+            result = weights_of_blocks(tensor.blocks)
+            if tensor.column_scale is not None:
+                result *= tensor.column_scale
+        case _:
+            result = tensor
+    return result
