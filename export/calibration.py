@@ -171,7 +171,7 @@ class _Calibration:
         bias = self._results[f"{name}.mlp.c_fc.bias"] = bias[order]
         self._results[f"{name}.mlp.c_proj.bias"] = proj_bias
         c_fc = self._keep_matrix(f"{name}.mlp.c_fc", weight[:, order] * factors[:, None], all_inputs)
-        inners = [inner[..., order]]
+        inners = [inner[..., order] if len(outliers) else inner]
         inners += [activated(x @ dequantized(c_fc) + bias, config.activation) for x in all_inputs[1:]]
         c_proj = self._keep_matrix(
             f"{name}.mlp.c_proj",
@@ -240,7 +240,7 @@ class _Calibration:
         if isinstance(quantized, Int8Columns):
             peak = float(np.abs(inputs[0][..., :n_common]).max())
             quantized = replace(quantized, input_peak=peak, least_input=least_input)
-        tensor = SplitMatrix(quantized, wanted[n_common:]) if n_kept else quantized
+        tensor = SplitMatrix(quantized, wanted[n_common:].copy()) if n_kept else quantized
         self._results[f"{name}.weight"] = tensor
         self._count(weight.size)
         return tensor

@@ -45,9 +45,8 @@ def made_up_for(
     Raises:
         QuantizationError: inputs are not finite.
     """
-    wanted = rough.T @ (exact - rough) @ weight
-    if missing is not None:
-        wanted += rough.T @ missing
+    lost = exact - rough
+    wanted = rough.T @ lost @ weight if missing is None else rough.T @ (lost @ weight + missing)
     # Damped so much, float32 solves it to a thousandth and better, in half the time.
     correction: Float32Array = np.linalg.solve(damped(hessian, DAMPING).astype(np.float32), wanted)
     return weight + correction

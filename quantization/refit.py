@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .gptq import damped
 from .grid import SMALLEST_PEAK, Float32Array, Grid
@@ -18,8 +19,11 @@ from .grid import SMALLEST_PEAK, Float32Array, Grid
 PULL = 0.02
 """Towards the scales as they were, as a share of the mean curvature: groups of few codes are not overfitted."""
 
+BYTES_PER_STEP = 64 << 20
+"""Of the systems that are solved at a time: a head's alone would take more memory than the head."""
+
 COLUMNS_PER_STEP = 2048
-"""Columns that are fitted at a time: a head's systems alone would take more memory than the head."""
+"""At most so many at a time."""
 
 
 def refitted(grid: Grid, weight: Float32Array, rounded: Float32Array, hessian: Float32Array, *, damping: float) -> Grid:
@@ -32,32 +36,48 @@ def refitted(grid: Grid, weight: Float32Array, rounded: Float32Array, hessian: F
         hessian: [K, K] float32, X^T X of the inputs.
         damping: share of its diagonal's mean that is added to it, as for `round_compensated`.
     Returns:
-        Other scales; a scale that would come out as good as zero stays what it was.
+        Other scales. Those of a column stay what they were if it would lose, as where float32 sums left H indefinite;
+        and one that would come out as good as zero stays.
     """
-    metric = damped(hessian, damping).astype(np.float32)
+    missing = -len(weight) % grid.group
+    metric = np.pad(damped(hessian, damping).astype(np.float32), (0, missing))  # a last group is filled with zeros
     scale = np.empty_like(grid.scale)
-    for start in range(0, weight.shape[1], COLUMNS_PER_STEP):
-        chosen = slice(start, start + COLUMNS_PER_STEP)
+    step = max(1, min(COLUMNS_PER_STEP, BYTES_PER_STEP // (8 * len(scale) ** 2)))
+    for start in range(0, weight.shape[1], step):
+        chosen = slice(start, start + step)
         part = grid.columns(chosen)
-        scale[:, chosen] = _fitted(part, metric @ weight[:, chosen], part.codes(rounded[:, chosen]), metric)
+        codes, wanted = (
+            np.pad(columns, ((0, missing), (0, 0))) for columns in (part.codes(rounded[:, chosen]), weight[:, chosen])
+        )
+        scale[:, chosen] = _fitted(part.scale, metric @ wanted, codes, metric)
     return replace(grid, scale=scale)
 
 
-def _fitted(grid: Grid, wanted: Float32Array, codes: Float32Array, metric: Float32Array) -> Float32Array:
-    """Scales [G, N] for codes [K, N]; `wanted` [K, N] is H w."""
-    n_groups, n_columns = grid.scale.shape
-    starts = np.arange(0, len(codes), grid.group)
+def _fitted(scale: Float32Array, wanted: Float32Array, codes: Float32Array, metric: Float32Array) -> Float32Array:
+    """Scales [G, N] in place of `scale`, for codes [G * group, N]; `wanted` is H w, of the same shape."""
+    n_groups, n_columns = scale.shape
+    grouped = codes.reshape(n_groups, -1, n_columns)
+    size = grouped.shape[1]
     curvature = np.empty((n_columns, n_groups, n_groups))
-    for group, start in enumerate(starts):
-        rows = slice(start, start + grid.group)
-        pulled = codes * (metric[:, rows] @ codes[rows])  # [K, N]
-        curvature[:, :, group] = np.add.reduceat(pulled, starts, axis=0).T
-    target = np.add.reduceat(codes * wanted, starts, axis=0).T.astype(np.float64)  # [N, G]
-    before = grid.scale.T.astype(np.float64)
+    for group in range(n_groups):
+        end = (group + 1) * size
+        pulled = (metric[:end, end - size : end] @ grouped[group]).reshape(group + 1, size, n_columns)
+        curvature[:, : group + 1, group] = np.einsum("gkn,gkn->ng", grouped[: group + 1], pulled)
+        curvature[:, group, : group + 1] = curvature[:, : group + 1, group]
+    target = np.einsum("gkn,gkn->ng", grouped, wanted.reshape(grouped.shape)).astype(np.float64)
+    before = scale.T.astype(np.float64)  # [N, G]
     diagonal = np.einsum("ngg->ng", curvature)  # a view
     pull = PULL * diagonal.mean(axis=1, keepdims=True) + np.finfo(np.float32).tiny
     diagonal += pull
     target += pull * before
     after = np.linalg.solve(curvature, target[..., None])[..., 0]
-    steps: Float32Array = np.where(np.abs(after) > SMALLEST_PEAK, after, before).T.astype(np.float32)
-    return steps
+    after = np.where(np.abs(after) > SMALLEST_PEAK, after, before)
+
+    def cost(scales: NDArray[np.float64]) -> NDArray[np.float64]:
+        """[N, 1], but for what no scale changes."""
+        bent = np.einsum("ng,ngh,nh->n", scales, curvature, scales)[:, None]
+        result: NDArray[np.float64] = bent - 2 * (target * scales).sum(axis=1, keepdims=True)
+        return result
+
+    best: Float32Array = np.where(cost(after) <= cost(before), after, before).T.astype(np.float32)
+    return best

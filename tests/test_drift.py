@@ -12,8 +12,11 @@ from runtime.errors import QuantizationError
 
 Float32Array = NDArray[np.float32]
 
-LEFT = 0.6
-"""Of the products' squared error on other tokens, what is left for noise of a tenth. Measured: 0.42."""
+LEFT = 0.2
+"""Of the products' squared error on other tokens, what is left. Measured: 0.022."""
+
+FLAT = 1e-5
+"""Of the slope at the matrix that was given, what float32 leaves at the minimum. Measured: 2e-6."""
 
 
 def inputs(n_rows: int, n_columns: int, seed: int) -> Float32Array:
@@ -47,34 +50,27 @@ def test_inputs_of_zeros_tell_nothing() -> None:
 @pytest.mark.parametrize("lacks", [False, True])
 @pytest.mark.parametrize("seed", range(5))
 def test_it_is_the_minimum(seed: int, lacks: bool) -> None:
-    """In float64, no matrix nearby does better."""
+    """A sum of squares has one place without a slope."""
     exact, weight = inputs(80, 10, seed), random(10, 6, seed=seed)
     rough = exact + np.float32(0.2) * random(80, 10, seed=seed + 100)
     missing = random(80, 6, seed=seed + 200) if lacks else None
     pull = DAMPING * float(np.diag(squares(rough)).mean())
 
-    def cost(matrix: NDArray[np.float64]) -> float:
-        wanted = exact.astype(np.float64) @ weight + (0 if missing is None else missing)
-        left = np.square(wanted - rough.astype(np.float64) @ matrix).sum()
-        return float(left + pull * np.square(matrix - weight).sum())
+    def slope(matrix: Float32Array) -> float:
+        off = rough.astype(np.float64) @ matrix - exact.astype(np.float64) @ weight - (missing if lacks else 0)
+        return float(np.abs(rough.T @ off + pull * (matrix - weight)).max())
 
-    best = made_up_for(weight, exact, rough, squares(rough), missing).astype(np.float64)
-    least = cost(best)
-    assert least < cost(weight.astype(np.float64))
-    rng = np.random.default_rng(seed)
-    for _ in range(50):
-        assert cost(best + 0.01 * rng.standard_normal(best.shape)) > least
+    assert slope(made_up_for(weight, exact, rough, squares(rough), missing)) <= FLAT * slope(weight)
 
 
 def test_it_serves_tokens_that_it_never_saw() -> None:
     weight = random(40, 20)
-    mixing = np.random.default_rng(7).standard_normal((40, 40)).astype(np.float32)
-    losing = np.eye(40, dtype=np.float32) + np.float32(0.02) * mixing  # what the layers before do, on any text
-    exact, other = inputs(2000, 40, 0), inputs(500, 40, 0)[:500] @ np.diag(random(40)).astype(np.float32)
-    rough = exact @ losing
-    fitted = made_up_for(weight, exact, rough, squares(rough))
-    wanted, given = other @ weight, other @ losing
-    before, after = (float(np.square(wanted - given @ matrix).sum()) for matrix in (weight, fitted))
+    losing = np.eye(40, dtype=np.float32) + np.float32(0.02) * random(40, 40, seed=7)  # what the layers before do
+    tokens = inputs(2500, 40, 0)
+    seen, others = tokens[:2000], tokens[2000:]
+    rough = seen @ losing
+    fitted = made_up_for(weight, seen, rough, squares(rough))
+    before, after = (float(np.square(others @ weight - others @ losing @ matrix).sum()) for matrix in (weight, fitted))
     assert after <= LEFT * before
 
 

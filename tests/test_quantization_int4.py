@@ -8,13 +8,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from quantization import recipes
 from quantization.blocks import Blocks, blocks_of_grid
 from quantization.grid import searched_grid
 from quantization.int8 import Int8Columns
-from quantization.recipes import matrix_group, quantize_matrix, quantize_table, table_block_size
+from quantization.recipes import (
+    Quantized,
+    SplitMatrix,
+    TokenTable,
+    matrix_group,
+    quantize_matrix,
+    quantize_table,
+    table_block_size,
+)
 from runtime.errors import QuantizationError
+from tests.test_gptq import correlated_inputs, product_error
 
 Float32Array = NDArray[np.float32]
+
+FITTED = 0.99
+"""Of the products' squared error, what is left once scales are fitted to the codes. Measured: 0.978."""
 
 
 def dequantized(blocks: Blocks) -> Float32Array:
@@ -90,3 +103,31 @@ def test_a_table_that_is_not_finite_is_refused_by_its_row(precision: str, calibr
     hessian = np.eye(64, dtype=np.float32) if calibrated else None
     with pytest.raises(QuantizationError, match=r"^a weight is not finite in row 7"):
         quantize_table(table, precision, hessian)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_what_codes_stand_for_is_told_of_each_kind_of_tensor(bits: int) -> None:
+    weight, kept, factors = random(70, 33), random(3, 33, seed=1), np.abs(random(70, seed=2)) + 1
+    precision: Quantized = "int4" if bits == 4 else "int8-weights"
+    blocks, columns = quantize_matrix(weight, precision), quantize_matrix(weight, "int8")
+    assert isinstance(blocks, Blocks)
+    assert isinstance(columns, Int8Columns)
+    expected = dequantized(blocks).T
+    np.testing.assert_array_equal(recipes.dequantized(blocks), expected)
+    np.testing.assert_array_equal(recipes.dequantized(SplitMatrix(blocks, kept)), np.concatenate([expected, kept]))
+    np.testing.assert_array_equal(recipes.dequantized(TokenTable(blocks)), expected.T)
+    np.testing.assert_array_equal(recipes.dequantized(TokenTable(blocks, factors)), expected.T * factors)
+    np.testing.assert_array_equal(recipes.dequantized(columns), columns.values * columns.scale)
+    np.testing.assert_array_equal(recipes.dequantized(kept), kept)
+
+
+def test_scales_are_fitted_to_the_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, inputs = random(256, 64), correlated_inputs(600, 256, 0)
+
+    def error() -> float:
+        blocks = quantize_matrix(weight, "int4", inputs.T @ inputs)
+        return product_error(inputs, weight, recipes.dequantized(blocks))
+
+    fitted = error()
+    monkeypatch.setattr(recipes, "refitted", lambda grid, *_args, **_options: grid)
+    assert fitted <= FITTED * error()
