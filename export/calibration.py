@@ -79,8 +79,8 @@ def calibrate(
 
 
 Streams: TypeAlias = "list[Float32Array]"
-"""The same tokens' numbers [B, T, n] in the model of float32; behind them, where quantized layers are run beside it,
-those that they compute."""
+"""The same tokens' numbers [B, T, n] in the model of float32, alone or followed by those that quantized layers, run
+beside it, compute of them."""
 
 
 class _Calibration:

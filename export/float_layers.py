@@ -14,7 +14,7 @@ from .checkpoint import EMBEDDING
 from .checkpoint_files import Float32Array
 
 Read = Callable[[str], Float32Array]
-"""Canonical name -> float32 array that the caller may write into."""
+"""Canonical name -> float32 array."""
 
 
 def embedded(table: Float32Array, positions: Float32Array, ids: NDArray[np.int64]) -> Float32Array:
@@ -26,13 +26,15 @@ def embedded(table: Float32Array, positions: Float32Array, ids: NDArray[np.int64
 def last_hidden(
     config: GPT2Config, read: Read, ids: NDArray[np.int64], progress: Callable[[int], None]
 ) -> Float32Array:
-    """The hidden state [B, T, D] behind the last layer.
+    """Run all layers.
 
     Args:
         config: the model's numbers.
         read: looks up a tensor.
         ids: token ids [B, T].
         progress: called with the number of parameters of a matrix that was multiplied by.
+    Returns:
+        The hidden state [B, T, D] float32 behind the last.
     """
 
     def linear(name: str, x: Float32Array) -> Float32Array:

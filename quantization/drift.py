@@ -21,8 +21,7 @@ from .grid import Float32Array
 
 DAMPING = 0.3
 """Of the mean of R^T R's diagonal: the less, the closer on the text that was run, and the farther on others. Demo model
-at 4 bits, KL to float32 and change of the perplexity: 0.0109 and 1.10% at 0.1, 0.0107 and 0.91% at 0.3, 0.0108 and
-1.13% at 1; 0.0139 and 1.42% without."""
+at 4 bits, 16 sequences, KL to float32: 0.0109 at 0.1, 0.0107 at 0.3, 0.0108 at 1; 0.0139 without all this."""
 
 
 def made_up_for(
