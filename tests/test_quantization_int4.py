@@ -62,7 +62,10 @@ def test_codes_round_trip_through_their_bytes(n_rows: int, n_columns: int, size:
     np.testing.assert_array_equal(dequantized(blocks_of_grid(on_grid, grid, bits=4)), on_grid.T)
 
 
-@pytest.mark.parametrize(("n_rows", "size"), [(5120, 128), (1600, 128), (127, 64), (33, 32), (16, 16), (1, 16)])
+@pytest.mark.parametrize(
+    ("n_rows", "size"),
+    [(768, 256), (5120, 256), (1600, 128), (6400, 256), (127, 128), (112, 16), (96, 32), (33, 16), (16, 16), (1, 16)],
+)
 def test_int4_blocks_are_as_long_as_the_matrix_fills(n_rows: int, size: int) -> None:
     assert matrix_group(n_rows, "int4") == size
     assert matrix_group(n_rows, "int8") == n_rows
@@ -74,10 +77,10 @@ def test_blocks_of_a_table(n_columns: int, int8: int, int4: int) -> None:
     assert table_block_size(n_columns, "int4") == int4
 
 
-def test_a_matrix_takes_four_and_a_quarter_bits() -> None:
+def test_a_matrix_takes_four_and_an_eighth_bits() -> None:
     blocks = quantize_matrix(random(256, 100), "int4")
     assert isinstance(blocks, Blocks)
-    assert 8 * (blocks.values.nbytes + blocks.scale.nbytes) / (256 * 100) == 4.25
+    assert 8 * (blocks.values.nbytes + blocks.scale.nbytes) / (256 * 100) == 4.125
     table = quantize_table(random(100, 256), "int4")
     assert 8 * (table.values.nbytes + table.scale.nbytes) / (256 * 100) == 5
 
