@@ -50,10 +50,10 @@ MATRIX_BLOCK_SIZES: Mapping[Quantized, tuple[int, ...]] = {
     "int4-weights": (32, 16),
 }
 """Likewise of the other matrices, where they are in blocks: the first that their K fills, or all but MOST_PADDING of
-it. On a CPU the longer are the faster: 774M, 128 instead of 64 took 0.7 of the time of a prompt; 256 instead of 128
-0.91 of it and 0.95 of a step's, for a KL of 0.0109 instead of 0.0104 on the demo model. On CUDA onnxruntime 1.31 multiplies
-a few tokens by 4-bit blocks of 16 to 128 in one kernel, and by 8-bit ones of 32 and 64 at every official width; its
-product of many tokens takes blocks of 32 only."""
+it. On a CPU the longer are the faster: at 774M a prompt took 0.7 of the time with 128 instead of 64; with 256 instead
+of 128 it took 0.91 and a step 0.95, for a KL of 0.0109 instead of 0.0104 on the demo model. On CUDA onnxruntime 1.31
+multiplies a few tokens by 4-bit blocks of 16 to 128 in one kernel, and by 8-bit ones of 32 and 64 at every official
+width; its product of many tokens takes blocks of 32 only."""
 
 MOST_PADDING = 1 / 16
 """Of a matrix's rows: 1558M's 1,600 are padded to 1,664, in blocks of 128, and not to 1,792."""
