@@ -157,19 +157,16 @@ def test_exact_texts_are_the_same_whatever_was_guessed(
     assert looked_up.ids == without.ids
 
 
-def test_exact_texts_with_an_int4_draft_are_the_int8_texts(int8: Decoder, int4: Decoder) -> None:
-    """Guesses were taken in every text, and refused in some: in a short one all may be right."""
-    refused = 0
-    for text in range(DRAFTED_TEXTS):
-        prompt = np.random.default_rng(text).integers(0, 8191, 3 + text).tolist()
-        options = SamplingOptions(seed=text) if text % 2 else GREEDY
-        without = speculate(int8, options, 48, draft=None, pace=Pace(exact=True), prompt=prompt)
-        draft = DraftPackage(int4).for_text(chooser(options))
-        written = speculate(int8, options, 48, draft=draft, pace=Pace(exact=True, draft_tokens=4), prompt=prompt)
-        assert written.ids == without.ids, text
-        assert written.stats.accepted > 0, text
-        refused += written.stats.drafted - written.stats.accepted
-    assert refused > 0
+@pytest.mark.parametrize("text", range(DRAFTED_TEXTS))
+def test_exact_text_with_an_int4_draft_is_the_int8_text(int8: Decoder, int4: Decoder, text: int) -> None:
+    """Long enough that the draft is wrong somewhere: in 48 tokens one of ten texts had no guess refused."""
+    prompt = np.random.default_rng(text).integers(0, 8191, 3 + text).tolist()
+    options = SamplingOptions(seed=text) if text % 2 else GREEDY
+    without = speculate(int8, options, 144, draft=None, pace=Pace(exact=True), prompt=prompt)
+    draft = DraftPackage(int4).for_text(chooser(options))
+    written = speculate(int8, options, 144, draft=draft, pace=Pace(exact=True, draft_tokens=4), prompt=prompt)
+    assert written.ids == without.ids
+    assert 0 < written.stats.accepted < written.stats.drafted
 
 
 @pytest.mark.parametrize("options", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
