@@ -23,11 +23,15 @@ class Blocks:
 
 def blocks_of_grid(weight: Float32Array, grid: Grid, *, bits: int) -> Blocks:
     """Store the transpose of a [K, N] matrix that lies on a grid of groups along K."""
-    n_rows, n_columns = weight.shape
-    middle = np.float32(2 ** (bits - 1))
-    codes = np.full((-(-n_rows // grid.group) * grid.group, n_columns), middle, np.float32)
-    codes[:n_rows] += grid.codes(weight)
-    values = np.ascontiguousarray(codes.T.astype(np.uint8)).reshape(n_columns, -1, grid.group)
+    return blocks_of_codes(grid.codes(weight), grid, bits=bits)
+
+
+def blocks_of_codes(codes: Float32Array, grid: Grid, *, bits: int) -> Blocks:
+    """Store the transpose of a [K, N] matrix by its codes on a grid of groups along K."""
+    n_rows, n_columns = codes.shape
+    padded = np.pad(codes, ((0, -n_rows % grid.group), (0, 0)))
+    padded += np.float32(2 ** (bits - 1))
+    values = np.ascontiguousarray(padded.T.astype(np.uint8)).reshape(n_columns, -1, grid.group)
     if bits == 4:
         values = values[:, :, 0::2] | values[:, :, 1::2] << 4
     return Blocks(values, np.ascontiguousarray(grid.scale.T), bits, grid.group, n_rows)

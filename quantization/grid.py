@@ -44,11 +44,6 @@ class Grid:
         codes *= scale
         return codes
 
-    def points(self, codes: Float32Array) -> Float32Array:
-        """The weights [K, N] of codes."""
-        weight: Float32Array = codes * np.repeat(self.scale, self.group, axis=0)[: len(codes)]
-        return weight
-
     def codes(self, weight: Float32Array) -> Float32Array:
         """The codes of a matrix [K, N], as floats; a weight on the grid gives its own code exactly."""
         codes: Float32Array = weight / np.repeat(self.scale, self.group, axis=0)[: len(weight)]

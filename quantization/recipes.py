@@ -15,7 +15,7 @@ import numpy as np
 
 from runtime.errors import QuantizationError
 
-from .blocks import Blocks, blocks_of_grid, weights_of_blocks
+from .blocks import Blocks, blocks_of_codes, blocks_of_grid, weights_of_blocks
 from .gptq import DAMPING, round_compensated
 from .grid import Float32Array, searched_grid, symmetric_grid
 from .int8 import INT8_MAX, Int8Columns, columns_of_grid, quantize_blocks, quantize_columns
@@ -173,9 +173,8 @@ def _int4_blocks(weight: Float32Array, size: int, hessian: Float32Array | None, 
     grid = searched_grid(weight, bits=4, group=size, importance=importance)
     if hessian is None:
         return blocks_of_grid(weight, grid, bits=4)
-    rounded = round_compensated(weight, hessian, grid, damping=damping)
-    final = refitted(grid, weight, rounded, hessian, damping=damping)
-    return blocks_of_grid(final.points(grid.codes(rounded)), final, bits=4)
+    codes = grid.codes(round_compensated(weight, hessian, grid, damping=damping))
+    return blocks_of_codes(codes, refitted(grid, weight, codes, hessian, damping=damping), bits=4)
 
 
 def dequantized(tensor: Tensor) -> Float32Array:

@@ -26,13 +26,13 @@ COLUMNS_PER_STEP = 2048
 """At most so many at a time."""
 
 
-def refitted(grid: Grid, weight: Float32Array, rounded: Float32Array, hessian: Float32Array, *, damping: float) -> Grid:
+def refitted(grid: Grid, weight: Float32Array, codes: Float32Array, hessian: Float32Array, *, damping: float) -> Grid:
     """The grid on which the codes of a rounded matrix serve best.
 
     Args:
-        grid: where `rounded` lies.
+        grid: what the matrix was rounded on.
         weight: [K, N] float32, what was to be rounded.
-        rounded: [K, N] float32.
+        codes: [K, N] float32, what became of it.
         hessian: [K, K] float32, X^T X of the inputs.
         damping: share of its diagonal's mean that is added to it, as for `round_compensated`.
     Returns:
@@ -45,11 +45,8 @@ def refitted(grid: Grid, weight: Float32Array, rounded: Float32Array, hessian: F
     step = max(1, min(COLUMNS_PER_STEP, BYTES_PER_STEP // (8 * len(scale) ** 2)))
     for start in range(0, weight.shape[1], step):
         chosen = slice(start, start + step)
-        part = grid.columns(chosen)
-        codes, wanted = (
-            np.pad(columns, ((0, missing), (0, 0))) for columns in (part.codes(rounded[:, chosen]), weight[:, chosen])
-        )
-        scale[:, chosen] = _fitted(part.scale, metric @ wanted, codes, metric)
+        part, wanted = (np.pad(columns[:, chosen], ((0, missing), (0, 0))) for columns in (codes, weight))
+        scale[:, chosen] = _fitted(grid.scale[:, chosen], metric @ wanted, part, metric)
     return replace(grid, scale=scale)
 
 
