@@ -160,7 +160,10 @@ class PackageDraft:
         del self._held[agreed:]
         text = list(ids)
         for _ in range(min(count, self._n_ctx - len(ids) + 1)):  # the last guess is not run
-            text.append(self._next(text))
+            try:
+                text.append(self._next(text))
+            except RequestError:  # no token may follow here; if the text itself comes so far, it is told there
+                break
         return text[len(ids) :]
 
     def _next(self, text: list[int]) -> int:

@@ -124,6 +124,18 @@ def test_the_choice_sees_the_text_with_its_guesses(fp32: Decoder) -> None:
     assert seen == [IDS, [*IDS, 40], [*IDS, 40, 41]]
 
 
+def test_a_draft_stops_where_the_options_forbid_every_token(fp32: Decoder) -> None:
+    def choose(ids: Sequence[int], logits: NDArray[np.float32]) -> int:
+        if len(ids) == len(IDS) + 2:
+            raise RequestError("the options forbid every token")
+        return greedy(ids, logits)
+
+    draft = DraftPackage(fp32).for_text(choose)
+    assert draft.propose(IDS, 4) == written(fp32, IDS, 2)
+    assert draft.propose([*IDS, 5, 6], 4) == []
+    assert draft.propose([*IDS, 5, 6, 7], 4) == written(fp32, [*IDS, 5, 6, 7], 4)
+
+
 def test_a_draft_stops_where_its_context_does(fp32: Decoder) -> None:
     ids = np.resize(IDS, fp32.config.n_ctx + 1).tolist()
     draft = DraftPackage(fp32).for_text(greedy)
