@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,13 +59,6 @@ class PrefixCache:
         """What the keys and values take now."""
         return len(self._blocks) * self._block_bytes
 
-    def prefill(self, decoding: Decoding, row: int, ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Fill an empty row; as `Decoding.prefill`, bit for bit, which runs what is not here, and errors as there."""
-        known = self.insert(decoding, row, ids)
-        logits = decoding.prefill(row, ids[known:])
-        self.store(decoding, row, ids)
-        return logits
-
     def insert(self, decoding: Decoding, row: int, ids: NDArray[np.int64]) -> int:
         """Put what is known of a prompt's beginning into an empty row.
 
@@ -111,6 +104,39 @@ class PrefixCache:
         """Make these blocks of one prompt the last to go, its first block the very last."""
         for key in reversed(keys):
             self._blocks.move_to_end(key)
+
+
+def prefill(
+    decoding: Decoding,
+    row: int,
+    ids: NDArray[np.int64],
+    *,
+    prefixes: PrefixCache | None,
+    interrupted: Callable[[], bool] = lambda: False,
+) -> NDArray[np.float32] | None:
+    """Run a prompt, piece by piece, but for what is known of its beginning; bit for bit as without the knowledge.
+
+    Args:
+        decoding: has the row.
+        row: empty, where there is a prefix cache.
+        ids: [T] int64, T >= 1.
+        prefixes: knows the beginnings of earlier prompts, and will know this one's; None for none.
+        interrupted: asked behind each piece.
+    Returns:
+        Logits [V] float32 after the last id, valid until the next run; None if it was interrupted: the row holds what
+        was run.
+    Raises:
+        RequestError: as `Decoding.append`.
+        MachineError: the memory cannot be had.
+    """
+    known = 0 if prefixes is None else prefixes.insert(decoding, row, ids)
+    for piece in decoding.append(row, ids[known:], last_only=True):
+        if interrupted():
+            return None
+        logits: NDArray[np.float32] = piece[-1]
+    if prefixes is not None:
+        prefixes.store(decoding, row, ids)
+    return logits
 
 
 def _keys(ids: NDArray[np.int64]) -> Iterator[bytes]:

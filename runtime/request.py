@@ -91,17 +91,24 @@ class Request:
     cancel: Cancellation | None = None
 
 
-class RequestOptions(TypedDict, total=False):
-    """The fields of `Request` but for the prompt, as keyword arguments."""
+class SessionOptions(TypedDict, total=False):
+    """Those fields of `Request` that a session takes too; what it is asked to go on with, and how, is its own."""
 
     max_new_tokens: int | None
     min_new_tokens: int | None
     eos_token_id: int | Sequence[int] | None
     stop_strings: str | Sequence[str] | None
-    sampling: SamplingOptions | None
-    num_return_sequences: int
     logits_processor: LogitsProcessor | None
     top_logprobs: int | None
+    deadline_ms: float | None
+    cancel: Cancellation | None
+
+
+class RequestOptions(SessionOptions, total=False):
+    """The fields of `Request` but for the prompt, as keyword arguments."""
+
+    sampling: SamplingOptions | None
+    num_return_sequences: int
     num_beams: int
     length_penalty: float
     early_stopping: bool | Literal["never"]
@@ -109,8 +116,6 @@ class RequestOptions(TypedDict, total=False):
     exact: bool
     overflow: Overflow
     reencode_stride: int | None
-    deadline_ms: float | None
-    cancel: Cancellation | None
 
 
 @dataclass(frozen=True, slots=True)

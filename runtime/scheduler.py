@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .decoder import Decoder
-from .prefix_cache import PrefixCache
+from .prefix_cache import PrefixCache, prefill
 from .row import Row
 from .speculation import Speculation
 from .speculator import Speculator
@@ -122,16 +122,14 @@ class Scheduler:
     def _prefilled(self, slot: int, row: Row) -> NDArray[np.float32] | None:
         """Logits [V] behind the row's ids; None if it was interrupted."""
         self._decoding.cache.lengths[slot] = 0
-        ids = np.array(row.ids[row.start :], np.int64)
-        prefixes = None if row.times else self._prefix_cache
-        known = 0 if prefixes is None else prefixes.insert(self._decoding, slot, ids)
-        for piece in self._decoding.append(slot, ids[known:], last_only=True):
-            if row.interrupted():
-                return None
-            logits: NDArray[np.float32] = piece[-1]
-        if prefixes is not None:
-            prefixes.store(self._decoding, slot, ids)
-        if row.job.request.num_return_sequences > 1 and not row.times:
+        logits = prefill(
+            self._decoding,
+            slot,
+            np.array(row.ids[row.start :], np.int64),
+            prefixes=None if row.times else self._prefix_cache,
+            interrupted=row.interrupted,
+        )
+        if logits is not None and row.job.request.num_return_sequences > 1 and not row.times:
             row.job.prompt_logits = logits.copy()
         return logits
 

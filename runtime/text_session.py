@@ -12,19 +12,23 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .errors import RequestError
 from .kv_cache import Buffer
-from .prefix_cache import PrefixCache
-from .request import LogitsProcessor, Prompt, Request, Sample
+from .prefix_cache import PrefixCache, prefill
+from .request import Prompt, Request, Sample, SessionOptions
 from .row import Row, as_ids, prepare
 from .sampling import UINT64_MASK, SamplingOptions, fresh_seed
 from .saved_session import SavedSession, read_session, write_session
 from .stopping import DEFAULT_NEW_TOKENS, GrowingText
 from .text_generator import TextGenerator
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class TextSession:
@@ -148,41 +152,30 @@ class TextSession:
         session._take(self._ids, self._generated, self._past)
         return session
 
-    def generate(
-        self,
-        *,
-        max_new_tokens: int | None = None,
-        min_new_tokens: int | None = None,
-        logits_processor: LogitsProcessor | None = None,
-    ) -> Sample:
+    def generate(self, **options: Unpack[SessionOptions]) -> Sample:
         """Go on, and keep what was written. A session without tokens begins with the end-of-text token.
 
-        A character that the last token leaves unfinished is U+FFFD in the sample, and whole in `text` once it is.
+        A character that the last token leaves unfinished is U+FFFD in the sample, and whole in `text` once it is. Of a
+        text that a stop string ended, the session holds the stop string too, as the sample's ids do.
 
         Args:
-            max_new_tokens: the most that is written; None takes 128, or what the context has room for.
-            min_new_tokens: the end-of-text token is not chosen before this many.
-            logits_processor: sees, and may change, what each token is chosen from.
+            options: `SessionOptions`, which mean what they mean in a `Request`. max_new_tokens None takes 128, or what
+                the context has room for.
         Returns:
             The continuation; its `stats.prompt_tokens` are the tokens that were run before the first new one.
         Raises:
-            RequestError: the new tokens do not fit the context, or a value is out of range.
+            RequestError: the new tokens do not fit the context, a value is out of range, or a session does not know
+                the option.
             MachineError: memory ran out, or the device computes nonsense.
         """
         to_run = max(1, len(self._ids) - self._known)
-        row = self._row(max_new_tokens, min_new_tokens, logits_processor)
+        row = self._row(options)
         for _ in self._chosen(row):
             pass
         sample = row.result()
         return replace(sample, stats=replace(sample.stats, prompt_tokens=to_run))
 
-    def stream(
-        self,
-        *,
-        max_new_tokens: int | None = None,
-        min_new_tokens: int | None = None,
-        logits_processor: LogitsProcessor | None = None,
-    ) -> Iterator[str]:
+    def stream(self, **options: Unpack[SessionOptions]) -> Iterator[str]:
         """As `generate`, but yield the text as soon as it is certain.
 
         What was chosen is kept, whether the text is read to its end or not.
@@ -190,7 +183,7 @@ class TextSession:
         Raises:
             RequestError: at the call, as `generate`; while it is read, if the session was changed since.
         """
-        return self._stream(self._row(max_new_tokens, min_new_tokens, logits_processor))
+        return self._stream(self._row(options))
 
     def save(self, path: str | Path) -> None:
         """Write the session to a file, which `restore` reads; one that stands there is replaced when all is written.
@@ -252,36 +245,33 @@ class TextSession:
         self._decoding = self._generator.decoder.start(batch=1, capacity=capacity)
         self._decoding.insert(0, past)
 
-    def _row(
-        self, max_new_tokens: int | None, min_new_tokens: int | None, logits_processor: LogitsProcessor | None
-    ) -> Row:
+    def _row(self, options: SessionOptions) -> Row:
         """Check a request; the row chooses its tokens."""
-        config = self._generator.config
+        if unknown := sorted(options.keys() - SessionOptions.__annotations__.keys()):
+            known = ", ".join(SessionOptions.__annotations__)
+            raise RequestError(f"a session is asked for no {', '.join(unknown)}; expected some of {known}")
+        config, most = self._generator.config, options.get("max_new_tokens")
         room = min(self.tokens_left, config.n_ctx - 1)
-        if not room or (type(max_new_tokens) is int and max_new_tokens > room):
+        if not room or (type(most) is int and most > room):
             advice = f"ask for at most {room}, or rewind it" if room else "rewind it"
             raise RequestError(
-                f"a session of {len(self._ids)} tokens and max_new_tokens {max_new_tokens or 1} do not fit the model's "
+                f"a session of {len(self._ids)} tokens and max_new_tokens {most or 1} do not fit the model's "
                 f"context of {config.n_ctx}; {advice}"
             )
-        request = Request(
-            self._ids,
-            max_new_tokens=max_new_tokens,
-            min_new_tokens=min_new_tokens,
-            sampling=self.sampling,
-            logits_processor=logits_processor,
-        )
-        job = prepare(request, self._generator.defaults)
+        job = prepare(Request(self._ids, sampling=self.sampling, **options), self._generator.defaults)
         if not self._ids:
             self.append(job.prompt)  # the end-of-text token
         return Row(job, self.sample)
 
     def _chosen(self, row: Row) -> Iterator[int]:
         """Choose a token each time, and keep it unless it ends the text."""
-        while not row.ended:
+        while not row.ended and not row.interrupted():
             if self._ids != row.ids:
                 raise RequestError("the session was changed while a stream of it was read; begin a new stream")
-            row.advance(self._run())
+            logits = self._run(row)
+            if logits is None:
+                return
+            row.advance(logits)
             if row.error is not None:
                 raise row.error
             if not row.ended_by_id:
@@ -289,16 +279,15 @@ class TextSession:
                 self._generated.append(True)
                 yield row.ids[-1]
 
-    def _run(self) -> NDArray[np.float32]:
-        """Run what was not run yet; logits [V] after the last token, valid until the next run."""
+    def _run(self, row: Row) -> NDArray[np.float32] | None:
+        """Run what was not run yet; logits [V] after the last token, valid until the next run, None if interrupted."""
         start = self._known
         if start == len(self._ids) - 1 > 0 and not self._generated[-1]:
             start -= 1  # a token that was given is run in a piece of two at least: see above
         self._forget(beyond=start)
         ids = np.array(self._ids[start:], np.int64)
-        if start or self._prefix_cache is None:
-            return self._decoding.prefill(0, ids)
-        return self._prefix_cache.prefill(self._decoding, 0, ids)
+        prefixes = None if start else self._prefix_cache
+        return prefill(self._decoding, 0, ids, prefixes=prefixes, interrupted=row.interrupted)
 
     def _stream(self, row: Row) -> Iterator[str]:
         text = GrowingText(row.job.tokenizer, row.job.stopping.stop_strings)

@@ -17,6 +17,17 @@ N_NEW = 24
 IDS = np.random.default_rng(3).integers(0, 8191, 400).tolist()
 
 
+class SetAt:
+    """A cancellation that is set from the nth look on."""
+
+    def __init__(self, look: int) -> None:
+        self._left = look
+
+    def is_set(self) -> bool:
+        self._left -= 1
+        return self._left <= 0
+
+
 def begun(generator: TextGenerator, prompt: str | Sequence[int] = PROMPT, **options: Any) -> TextSession:
     session = TextSession(generator, **({"sampling": SEED} | options))
     session.append(prompt)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from runtime.decoder import Decoder, Decoding
 from runtime.errors import RequestError
 from runtime.package import open_package
-from runtime.prefix_cache import BLOCK_TOKENS, PrefixCache
+from runtime.prefix_cache import BLOCK_TOKENS, PrefixCache, prefill
 from runtime.text_generator import open_decoder
 
 Ids = NDArray[np.int64]
@@ -50,7 +50,8 @@ def tiny(tiny_fp32: Path) -> Decoder:
 
 def prefilled(cache: PrefixCache | None, decoder: Decoder, ids: Ids) -> tuple[Decoding, NDArray[np.float32]]:
     decoding = decoder.start(batch=1, capacity=len(ids))
-    logits = decoding.prefill(0, ids) if cache is None else cache.prefill(decoding, 0, ids)
+    logits = decoding.prefill(0, ids) if cache is None else prefill(decoding, 0, ids, prefixes=cache)
+    assert logits is not None
     return decoding, logits.copy()
 
 
@@ -98,7 +99,7 @@ def test_the_same_prompt_again_leaves_two_tokens_to_run_or_more(tiny: Decoder, l
 def test_any_row_of_a_batch_may_be_filled(tiny: Decoder) -> None:
     cache, ids = PrefixCache(tiny, max_bytes=PLENTY), np.arange(40)
     decoding = tiny.start(batch=3, capacity=2)  # grows on the way
-    logits = [cache.prefill(decoding, row, ids[: 40 - row]).copy() for row in (2, 0, 1)]
+    logits = [np.array(prefill(decoding, row, ids[: 40 - row], prefixes=cache)) for row in (2, 0, 1)]
     assert decoding.cache.lengths.tolist() == [40, 39, 38]
     assert cache.reused_tokens == 32 + 32
     for row, got in zip((2, 0, 1), logits, strict=True):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from runtime import RequestError, SamplingOptions, TextGenerator, TextSession
+from runtime.decoder import CHUNK_TOKENS
 from runtime.prefix_cache import PrefixCache
 
-from .sessions import IDS, N_NEW, PROMPT, SEED, begun, next_logits, replayed
+from .sessions import IDS, N_NEW, PROMPT, SEED, SetAt, begun, next_logits, replayed
 
 ROOT = Path(__file__).parents[1]
 
@@ -54,6 +55,7 @@ def generator(request: pytest.FixtureRequest) -> TextGenerator:
         st.one_of(
             st.tuples(st.just("append"), st.integers(1, 5)),
             st.tuples(st.just("generate"), st.integers(1, 5)),
+            st.tuples(st.just("cancel"), st.integers(1, 4)),
             st.tuples(st.just("rewind"), st.floats(0, 1)),
             st.tuples(st.just("fork"), st.none()),
             st.tuples(st.just("save"), st.none()),
@@ -74,6 +76,8 @@ def test_what_comes_next_depends_on_the_tokens_and_not_on_the_way_to_them(
             session.append(IDS[10 * number : 10 * number + argument])
         elif verb == "generate":
             session.generate(max_new_tokens=argument, min_new_tokens=argument)
+        elif verb == "cancel":
+            session.generate(max_new_tokens=5, min_new_tokens=5, cancel=SetAt(argument))
         elif verb == "rewind":
             session.rewind(round(argument * len(session.ids)))
         elif verb == "fork":
@@ -246,19 +250,32 @@ def test_after_an_end_of_text_a_fork_goes_on_as_the_session(demo_int8: Path) -> 
 def test_only_what_is_new_is_run(fp32: TextGenerator) -> None:
     session = begun(fp32, IDS[:100])
     runs: list[int] = []
-    prefill = session._decoding.prefill
+    append = session._decoding.append
 
-    def watched(row: int, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+    def watched(row: int, ids: NDArray[np.int64], **options: Any) -> Iterator[NDArray[np.float32]]:
         runs.append(len(ids))
-        return prefill(row, ids)
+        return append(row, ids, **options)
 
-    session._decoding.prefill = watched  # type: ignore[method-assign]
+    session._decoding.append = watched  # type: ignore[method-assign]
     session.generate(max_new_tokens=3, min_new_tokens=3)
     session.append(IDS[:5])
     assert session.generate(max_new_tokens=2, min_new_tokens=2).stats.prompt_tokens == 1 + 5
     session.rewind(50)
     session.generate(max_new_tokens=1)
     assert runs == [100, 1, 1, 1 + 5, 1, 2]  # the last token is run when the next is wanted, a given one in a pair
+
+
+def test_a_prompt_that_was_cancelled_is_gone_on_with_where_it_stands(generator: TextGenerator) -> None:
+    """After the first of its pieces, with and without a cache of prefixes, which keeps whole prompts alone."""
+    expected = begun(generator, IDS).generate(max_new_tokens=5)
+    cache = PrefixCache(generator.decoder, max_bytes=1 << 26)
+    for session in (begun(generator, IDS), begun(generator, IDS, prefix_cache=cache)):
+        sample = session.generate(max_new_tokens=5, cancel=SetAt(2))
+        assert (sample.finish_reason, sample.ids, session.ids) == ("cancelled", (), tuple(IDS))
+        again = session.generate(max_new_tokens=5)
+        assert again.ids == expected.ids
+        assert again.stats.prompt_tokens == len(IDS) - CHUNK_TOKENS
+    assert cache.held_bytes == 0
 
 
 def test_a_prefix_cache_changes_nothing_but_the_work(generator: TextGenerator) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 
 from runtime import RequestError, SamplingOptions, TextGenerator, TextSession
 
-from .sessions import N_NEW, SEED, begun, next_logits, replayed
+from .sessions import N_NEW, PROMPT, SEED, begun, next_logits, replayed
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +68,45 @@ def test_a_stream_that_is_left_keeps_what_was_chosen(fp32: TextGenerator) -> Non
     written = session.ids[given:]
     assert written == expected[: len(written)]
     assert (*written, *session.generate(max_new_tokens=N_NEW - len(written)).ids) == expected
+
+
+def test_ends_and_log_probabilities_are_those_of_the_generator(fp32: TextGenerator) -> None:
+    written = begun(fp32).generate(max_new_tokens=N_NEW).ids
+    word = fp32.tokenizer.decode(written[5:7])
+    for options in ({"stop_strings": word, "top_logprobs": 3}, {"eos_token_id": [written[9], 0], "top_logprobs": 0}):
+        expected = fp32.generate(PROMPT, sampling=SEED, max_new_tokens=N_NEW, **options).samples[0]  # type: ignore[arg-type]
+        session, streaming = begun(fp32), begun(fp32)
+        sample = session.generate(max_new_tokens=N_NEW, **options)  # type: ignore[arg-type]
+        assert (sample.text, sample.ids, sample.finish_reason) == (expected.text, expected.ids, "stop")
+        assert sample.logprobs == expected.logprobs != ()
+        assert session.ids[-len(sample.ids) :] == sample.ids
+        assert "".join(streaming.stream(max_new_tokens=N_NEW, **options)) == expected.text  # type: ignore[arg-type]
+
+
+def test_a_session_that_is_cancelled_keeps_what_was_chosen(fp32: TextGenerator) -> None:
+    expected = begun(fp32).generate(max_new_tokens=12)
+    session, cancel = begun(fp32), threading.Event()
+    given = session.ids
+    pieces = []
+    for piece in session.stream(max_new_tokens=12, cancel=cancel):
+        pieces.append(piece)
+        cancel.set()
+    written = session.ids[len(given) :]
+    assert 0 < len(written) < 12
+    assert "".join(pieces) == fp32.tokenizer.decode(written)
+    stopped = session.generate(max_new_tokens=4, cancel=cancel)
+    assert (stopped.ids, stopped.finish_reason, stopped.stats.new_tokens) == ((), "cancelled", 0)
+    assert (*written, *session.generate(max_new_tokens=12 - len(written)).ids) == expected.ids
+
+
+def test_a_deadline_ends_a_session_as_it_stands(fp32: TextGenerator) -> None:
+    session = begun(fp32)
+    given = session.ids
+    sample = session.generate(max_new_tokens=400, min_new_tokens=400, deadline_ms=60)
+    assert sample.finish_reason == "deadline"
+    assert session.ids == (*given, *sample.ids)
+    assert len(sample.ids) < 400
+    assert np.array_equal(next_logits(session), next_logits(replayed(session)))
 
 
 def test_text_and_room_are_told(fp32: TextGenerator) -> None:
@@ -185,3 +225,12 @@ def test_options_out_of_range_are_refused_when_asked_for(
         with pytest.raises(RequestError, match=message):
             method(**options)
     assert session.ids == ()
+
+
+def test_what_is_asked_of_requests_alone_is_refused(fp32: TextGenerator) -> None:
+    session = begun(fp32)
+    for method in (session.generate, session.stream):
+        with pytest.raises(
+            RequestError, match="a session is asked for no num_beams, overflow; expected some of max_new"
+        ):
+            method(num_beams=2, overflow="reencode")  # type: ignore[call-arg]
