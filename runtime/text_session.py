@@ -24,7 +24,7 @@ from .request import Prompt, Request, Sample, SessionOptions
 from .row import Row, as_ids, prepare
 from .sampling import UINT64_MASK, SamplingOptions, fresh_seed
 from .saved_session import SavedSession, read_session, write_session
-from .stopping import DEFAULT_NEW_TOKENS, GrowingText
+from .stopping import DEFAULT_NEW_TOKENS
 from .text_generator import TextGenerator
 
 if TYPE_CHECKING:
@@ -183,7 +183,7 @@ class TextSession:
         Raises:
             RequestError: at the call, as `generate`; while it is read, if the session was changed since.
         """
-        return self._stream(self._row(options))
+        return self._stream(self._row(options, follows_text=True))
 
     def save(self, path: str | Path) -> None:
         """Write the session to a file, which `restore` reads; one that stands there is replaced when all is written.
@@ -245,7 +245,7 @@ class TextSession:
         self._decoding = self._generator.decoder.start(batch=1, capacity=capacity)
         self._decoding.insert(0, past)
 
-    def _row(self, options: SessionOptions) -> Row:
+    def _row(self, options: SessionOptions, *, follows_text: bool = False) -> Row:
         """Check a request; the row chooses its tokens."""
         if unknown := sorted(options.keys() - SessionOptions.__annotations__.keys()):
             known = ", ".join(SessionOptions.__annotations__)
@@ -259,11 +259,12 @@ class TextSession:
                 f"context of {config.n_ctx}; {advice}"
             )
         job = prepare(Request(self._ids, sampling=self.sampling, **options), self._generator.defaults)
+        job.follows_text |= follows_text
         if not self._ids:
             self.append(job.prompt)  # the end-of-text token
         return Row(job, self.sample)
 
-    def _chosen(self, row: Row) -> Iterator[int]:
+    def _chosen(self, row: Row) -> Iterator[None]:
         """Choose a token each time, and keep it unless it ends the text."""
         while not row.ended and not row.interrupted():
             if self._ids != row.ids:
@@ -277,7 +278,7 @@ class TextSession:
             if not row.ended_by_id:
                 self._ids.append(row.ids[-1])
                 self._generated.append(True)
-                yield row.ids[-1]
+                yield
 
     def _run(self, row: Row) -> NDArray[np.float32] | None:
         """Run what was not run yet; logits [V] after the last token, valid until the next run, None if interrupted."""
@@ -290,11 +291,10 @@ class TextSession:
         return prefill(self._decoding, 0, ids, prefixes=prefixes, interrupted=row.interrupted)
 
     def _stream(self, row: Row) -> Iterator[str]:
-        text = GrowingText(row.job.tokenizer, row.job.stopping.stop_strings)
-        for token_id in self._chosen(row):
-            text.push(token_id)
-            if fresh := text.read():
+        assert row.text is not None, "the job follows it"
+        for _ in self._chosen(row):
+            if fresh := row.text.read():
                 yield fresh
-        text.finish()
-        if fresh := text.read():
+        row.text.finish()
+        if fresh := row.text.read():
             yield fresh

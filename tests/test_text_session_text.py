@@ -12,6 +12,7 @@ import pytest
 from numpy.typing import NDArray
 
 from runtime import RequestError, SamplingOptions, TextGenerator, TextSession
+from runtime.request import SessionOptions
 
 from .sessions import N_NEW, PROMPT, SEED, begun, next_logits, replayed
 
@@ -73,14 +74,18 @@ def test_a_stream_that_is_left_keeps_what_was_chosen(fp32: TextGenerator) -> Non
 def test_ends_and_log_probabilities_are_those_of_the_generator(fp32: TextGenerator) -> None:
     written = begun(fp32).generate(max_new_tokens=N_NEW).ids
     word = fp32.tokenizer.decode(written[5:7])
-    for options in ({"stop_strings": word, "top_logprobs": 3}, {"eos_token_id": [written[9], 0], "top_logprobs": 0}):
-        expected = fp32.generate(PROMPT, sampling=SEED, max_new_tokens=N_NEW, **options).samples[0]  # type: ignore[arg-type]
+    asked: list[SessionOptions] = [
+        {"stop_strings": word, "top_logprobs": 3},
+        {"eos_token_id": [written[9], 0], "top_logprobs": 0},
+    ]
+    for options in asked:
+        expected = fp32.generate(PROMPT, sampling=SEED, max_new_tokens=N_NEW, **options).samples[0]
         session, streaming = begun(fp32), begun(fp32)
-        sample = session.generate(max_new_tokens=N_NEW, **options)  # type: ignore[arg-type]
+        sample = session.generate(max_new_tokens=N_NEW, **options)
         assert (sample.text, sample.ids, sample.finish_reason) == (expected.text, expected.ids, "stop")
         assert sample.logprobs == expected.logprobs != ()
         assert session.ids[-len(sample.ids) :] == sample.ids
-        assert "".join(streaming.stream(max_new_tokens=N_NEW, **options)) == expected.text  # type: ignore[arg-type]
+        assert "".join(streaming.stream(max_new_tokens=N_NEW, **options)) == expected.text
 
 
 def test_a_session_that_is_cancelled_keeps_what_was_chosen(fp32: TextGenerator) -> None:
