@@ -4,13 +4,14 @@
                                    [--json] [--speedup-at-least R] [--many-at-most R]
 
 speedup      tokens/s of steady decoding with all rows going, over those of one row, behind prompts of so many tokens:
-             what a row reads of its own, its keys and values, a batch does not share. Rounds alternate between the two;
-             medians of all gaps between tokens. The bar is for the shortest prompts.
+             what a row reads of its own, its keys and values, a batch does not share. The bar is for the shortest
+             prompts.
 many         the time of generate_many over requests of mixed lengths, over (the sum of their prompts' times, each run
              alone, + the tokens behind the first ones at the batch's steady speed). Above 1 stand the steps at the end
-             that fewer rows share, rows that are moved, and all else that a loop adds; median of the rounds.
-Greedy, end-of-text forbidden; the requests' prompts are of 136 tokens on average. Exit status 3 if a bar that was given
-is missed.
+             that fewer rows share, rows that are moved, and all else that a loop adds.
+Both are ratios of times of the same round, since a shared machine's speed moves between rounds; told are the median,
+the least and the most. Times are medians over the rounds. Greedy, end-of-text forbidden; the requests' prompts are of
+136 tokens on average. Exit status 3 if a bar that was given is missed.
 """
 
 from __future__ import annotations
@@ -20,12 +21,14 @@ import json
 import sys
 import time
 from dataclasses import asdict, dataclass
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmarks/ is not installed
+
+from benchmarks.comparison.spread import Spread
 from runtime import Request, SamplingOptions, TextGenerator
 from runtime.command_line import CommandLineParser, run_command
 from runtime.errors import VerificationError
@@ -38,12 +41,12 @@ STEADY_TOKENS = 64
 
 @dataclass(frozen=True)
 class Speed:
-    """Steady decoding behind prompts of some length, medians of all gaps."""
+    """Steady decoding behind prompts of some length: in a round medians of the gaps, then those of the rounds."""
 
     prompt_tokens: int
     row_ms: float  # a token of one row alone
     step_ms: float  # a token of each row of the batch
-    speedup: float
+    speedup: Spread
 
 
 @dataclass(frozen=True)
@@ -56,20 +59,20 @@ class Result:
     prefills_ms: float
     steady_ms: float
     many_ms: float
-    many: float
+    many: Spread
 
 
 def random_prompts(generator: TextGenerator, lengths: list[int], rng: np.random.Generator) -> list[NDArray[np.int64]]:
     return [rng.integers(0, generator.tokenizer.n_vocab - 1, length) for length in lengths]
 
 
-def steady_gaps_ms(generator: TextGenerator, prompts: list[NDArray[np.int64]]) -> list[float]:
-    """From each step to the next, all rows going."""
+def steady_step_ms(generator: TextGenerator, prompts: list[NDArray[np.int64]]) -> float:
+    """From a step to the next, all rows going; the median."""
     marks = [
         time.perf_counter()
         for _ in generator.steps(prompts, max_new_tokens=STEADY_TOKENS, min_new_tokens=STEADY_TOKENS, sampling=GREEDY)
     ]
-    return (np.diff(marks) * 1e3).tolist()
+    return float(np.median(np.diff(marks))) * 1e3
 
 
 def prefills_ms(generator: TextGenerator, requests: list[Request]) -> float:
@@ -99,35 +102,28 @@ def measure(options: argparse.Namespace) -> Result:
     ]
     lengths = [*options.prompt_tokens, int(np.mean([len(prompt) for prompt in prompts]))]
     steady = [random_prompts(generator, [length] * options.batch, rng) for length in lengths]
-    rows: list[list[float]] = [[] for _ in lengths]
-    steps: list[list[float]] = [[] for _ in lengths]
-    prefills, many = [], []
+    shared_tokens = sum(new_tokens) - options.requests
+    rounds = []
     for round_number in range(1 + options.rounds):
-        gaps = [(steady_gaps_ms(generator, some[:1]), steady_gaps_ms(generator, some)) for some in steady]
-        both = prefills_ms(generator, requests), many_ms(generator, requests, options.batch)
+        times = [(steady_step_ms(generator, some[:1]), steady_step_ms(generator, some)) for some in steady]
+        _, step_ms = times[-1]
+        parts = prefills_ms(generator, requests), shared_tokens * step_ms / options.batch
         if round_number:  # the first is a warm-up
-            for so_far, new in zip(chain(rows, steps), chain(*zip(*gaps, strict=True)), strict=True):
-                so_far.extend(new)
-            prefills.append(both[0])
-            many.append(both[1])
-    speeds = [
-        Speed(length, row_ms, step_ms, options.batch * row_ms / step_ms)
-        for length, row_ms, step_ms in zip(lengths, medians(rows), medians(steps), strict=True)
-    ]
-    steady_ms = (sum(new_tokens) - options.requests) * speeds[-1].step_ms / options.batch
+            rounds.append((times, parts, many_ms(generator, requests, options.batch)))
+    steps = np.array([times for times, _, _ in rounds])  # [rounds, lengths, 2]
+    parts, many = np.array([parts for _, parts, _ in rounds]), np.array([whole for _, _, whole in rounds])
     return Result(
         batch=options.batch,
         requests=options.requests,
-        speeds=speeds,
-        prefills_ms=float(np.median(prefills)),
-        steady_ms=steady_ms,
+        speeds=[
+            Speed(length, *np.median(times, axis=0).tolist(), Spread.of(options.batch * times[:, 0] / times[:, 1]))
+            for length, times in zip(lengths, steps.swapaxes(0, 1), strict=True)
+        ],
+        prefills_ms=float(np.median(parts[:, 0])),
+        steady_ms=float(np.median(parts[:, 1])),
         many_ms=float(np.median(many)),
-        many=float(np.median(many)) / (float(np.median(prefills)) + steady_ms),
+        many=Spread.of(many / parts.sum(axis=1)),
     )
-
-
-def medians(cases: list[list[float]]) -> list[float]:
-    return [float(np.median(times)) for times in cases]
 
 
 def report(options: argparse.Namespace) -> int:
@@ -138,17 +134,17 @@ def report(options: argparse.Namespace) -> int:
         for speed in result.speeds:
             print(
                 f"prompts of {speed.prompt_tokens}: one row {speed.row_ms:.2f} ms a token, {result.batch} rows "
-                f"{speed.step_ms:.2f} ms a step: {speed.speedup:.2f} times the tokens/s"
+                f"{speed.step_ms:.2f} ms a step: {speed.speedup.text(2)} times the tokens/s"
             )
         print(
             f"generate_many, {result.requests} requests: {result.many_ms:.0f} ms, prompts {result.prefills_ms:.0f} + "
-            f"steady decoding {result.steady_ms:.0f} ms: {result.many:.3f} times"
+            f"steady decoding {result.steady_ms:.0f} ms: {result.many.text(3)} times"
         )
-    speedup = min(result.speeds, key=lambda speed: speed.prompt_tokens).speedup
+    speedup = min(result.speeds, key=lambda speed: speed.prompt_tokens).speedup.median
     if options.speedup_at_least is not None and speedup < options.speedup_at_least:
         raise VerificationError(f"a batch is {speedup:.2f} times as fast, expected {options.speedup_at_least}")
-    if options.many_at_most is not None and result.many > options.many_at_most:
-        raise VerificationError(f"generate_many takes {result.many:.3f} times, expected {options.many_at_most}")
+    if options.many_at_most is not None and result.many.median > options.many_at_most:
+        raise VerificationError(f"generate_many takes {result.many.median:.3f} times, expected {options.many_at_most}")
     return 0
 
 

@@ -16,7 +16,6 @@ from benchmarks.comparison.report import (
     END,
     Agreement,
     Case,
-    Spread,
     agreements,
     figures,
     ratios,
@@ -28,6 +27,7 @@ from benchmarks.comparison.report import (
     summarise,
     write_result,
 )
+from benchmarks.comparison.spread import Spread
 from runtime.errors import RequestError
 
 from .conftest import DEMO_CHECKPOINT

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from runtime.errors import RequestError
+
+from .spread import Spread
 
 OURS = "gpt2-edge"
 REFERENCE = "transformers-fp32"
@@ -42,23 +43,6 @@ class Case:
     def __str__(self) -> str:
         rows = "" if self.batch == 1 else f", {self.batch} rows"
         return f"prompt {self.prompt_tokens}{rows}"
-
-
-@dataclass(frozen=True)
-class Spread:
-    """What a figure was over the rounds."""
-
-    median: float
-    least: float
-    most: float
-
-    @classmethod
-    def of(cls, values: Iterable[float]) -> Spread:
-        values = list(values)
-        return cls(statistics.median(values), min(values), max(values))
-
-    def text(self, digits: int) -> str:
-        return f"{self.median:.{digits}f} ({self.least:.{digits}f}-{self.most:.{digits}f})"
 
 
 @dataclass(frozen=True)
