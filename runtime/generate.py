@@ -1,7 +1,7 @@
 """Write text with a package, from the command line.
 
 python -m runtime.generate PACKAGE "Once upon a time"
-python -m runtime.generate PACKAGE --prompts FILE --batch 8 > answers.jsonl
+python -m runtime.generate PACKAGE --prompts FILE --batch 12 > answers.jsonl
 """
 
 from __future__ import annotations
