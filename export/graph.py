@@ -34,6 +34,7 @@ from runtime.package import (
 from .attention import ATTENTION, AttentionInputs, AttentionLayer, read_mask, write_attention
 from .onnx_builder import MICROSOFT, GraphBuilder, WeightsFile
 from .products import PRODUCTS, Tensors
+from .queries import ScaledQueries
 
 OPSET = 21
 IR_VERSION = 10
@@ -157,7 +158,7 @@ class _GraphWriter:
 
     def __init__(self, config: GPT2Config, tensors: Tensors, precision: Precision, weights: WeightsFile) -> None:
         self._config = config
-        self._tensors = tensors
+        self._tensors = ScaledQueries(config, tensors)
         self._products = PRODUCTS[precision]
         self._graph = GraphBuilder(weights)
         self._kv_cache: CacheType = "int8" if cache_scale_name(0, CACHE_KINDS[0]) in tensors else "float32"

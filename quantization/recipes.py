@@ -8,7 +8,7 @@ the others multiply by says their second half, see `Quantized`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -194,3 +194,20 @@ def dequantized(tensor: Tensor) -> Float32Array:
         case _:
             result = tensor
     return result
+
+
+def times_columns(tensor: Tensor, factors: Float32Array) -> Tensor:
+    """A [K, N] matrix in any form, or a [N] vector, its columns times `factors` [N]; codes stay as they are."""
+    match tensor:
+        case Int8Columns() | Blocks():
+            return _times_scales(tensor, factors)
+        case SplitMatrix():
+            return SplitMatrix(_times_scales(tensor.quantized, factors), tensor.kept * factors)
+    assert isinstance(tensor, np.ndarray), "a table has no columns of a product"
+    return tensor * factors
+
+
+def _times_scales(matrix: Int8Columns | Blocks, factors: Float32Array) -> Int8Columns | Blocks:
+    if isinstance(matrix, Int8Columns):
+        return replace(matrix, scale=matrix.scale * factors)
+    return replace(matrix, scale=matrix.scale * factors[:, None])
