@@ -38,9 +38,9 @@ class TimedSession:
     def __getattr__(self, name: str) -> object:
         return getattr(self._session, name)
 
-    def run_with_iobinding(self, binding: object) -> None:
+    def run_with_iobinding(self, binding: object, options: object) -> None:
         start = time.perf_counter()
-        self._session.run_with_iobinding(binding)  # type: ignore[attr-defined]
+        self._session.run_with_iobinding(binding, options)  # type: ignore[attr-defined]
         self.calls.append((start, time.perf_counter()))
 
     def steps(self, count: int) -> tuple[list[float], list[float]]:
