@@ -236,7 +236,7 @@ def draft(options: argparse.Namespace) -> dict[str, object]:
     ms: dict[str, list[float]] = {name: [] for name in ("no draft", *paces)}
     for number in range(options.texts):
         prompt = random_prompt(target, number, options)
-        sampling = SamplingOptions(seed=number) if number % 2 else SamplingOptions.greedy()
+        sampling = SamplingOptions(seed=number) if number % 2 else GREEDY
         without = speculate(target, prompt, sampling, options.new_tokens, pace=Pace(exact=True), draft=None)
         ms["no draft"].append(without.ms)
         for name, pace in paces.items():

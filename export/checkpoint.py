@@ -20,6 +20,7 @@ from runtime.errors import CheckpointError
 
 from .checkpoint_files import Float32Array, HeldTensor, Tensor
 from .layouts import HUGGING_FACE, NANOGPT, Layout, StoredCheckpoint, read_layout
+from .lazy_tensors import LazyTensors
 from .tokenizer_files import END_OF_TEXT
 
 logger = logging.getLogger(__name__)
@@ -147,11 +148,12 @@ def canonical_shapes(config: GPT2Config) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-class TensorsOnDisk(Mapping[str, Float32Array]):
+class TensorsOnDisk(LazyTensors[Float32Array]):
     """Canonical name -> array, read at the moment it is asked for."""
 
     def __init__(self, where: Path, sources: Mapping[str, Tensor], turned: frozenset[str]) -> None:
         """`where` is for messages; `turned` are the matrices that are stored [out, in]."""
+        super().__init__(sources)
         self._where = where
         self.sources = sources
         self._turned = turned
@@ -164,15 +166,6 @@ class TensorsOnDisk(Mapping[str, Float32Array]):
             faults = [*_find_damage(self.sources.values()), str(error)]
             raise _list_faults(self._where, faults) from error
         return np.ascontiguousarray(values.T) if name in self._turned else values
-
-    def __contains__(self, name: object) -> bool:  # Mapping's own would read the tensor
-        return name in self.sources
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.sources)
-
-    def __len__(self) -> int:
-        return len(self.sources)
 
     def with_rows(self, name: str, count: int) -> TensorsOnDisk:
         """The same tensors, one of them cut to its first rows."""

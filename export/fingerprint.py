@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .lazy_tensors import LazyTensors
 
-class FingerprintedTensors(Mapping[str, NDArray[np.float32]]):
+
+class FingerprintedTensors(LazyTensors[NDArray[np.float32]]):
     """Passes look-ups on to `tensors`, and remembers the sha256 of what it saw."""
 
     def __init__(self, tensors: Mapping[str, NDArray[np.float32]], progress: Callable[[int], None]) -> None:
         """`progress` is called with the number of parameters that have passed."""
+        super().__init__(tensors)
         self._tensors = tensors
         self._progress = progress
         self._digests: dict[str, bytes] = {}
@@ -26,12 +29,6 @@ class FingerprintedTensors(Mapping[str, NDArray[np.float32]]):
             self._parameters += array.size
             self._progress(self._parameters)
         return array
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
 
     def fingerprint(self) -> str:
         """sha256 over each name and the sha256 of its float32 values, in the order of the names, in hexadecimal."""

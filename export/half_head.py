@@ -9,7 +9,7 @@ positions, which are added to every row anyway.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 from onnx import TensorProto
@@ -19,16 +19,18 @@ from runtime.package import LOGITS, NEXT_IDS
 
 from .checkpoint import EMBEDDING, HEAD
 from .checkpoint_files import Float32Array
+from .lazy_tensors import LazyTensors
 from .onnx_builder import GraphBuilder
 from .products import Table
 
 POSITIONS = "wpe.weight"
 
 
-class CentredTensors(Mapping[str, Float32Array]):
+class CentredTensors(LazyTensors[Float32Array]):
     """The same model as `tensors`, its head [V + 1, D] around the mean of its rows, which comes last."""
 
     def __init__(self, config: GPT2Config, tensors: Mapping[str, Float32Array]) -> None:
+        super().__init__(tensors)
         self._tensors = tensors
         self._tied = config.tie_word_embeddings
         self._head = EMBEDDING if self._tied else HEAD
@@ -42,12 +44,6 @@ class CentredTensors(Mapping[str, Float32Array]):
         if name == POSITIONS and self._tied:
             return array + (self._mean_of(self._tensors[self._head]) if self._mean is None else self._mean)
         return array
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
 
     def _mean_of(self, table: Float32Array) -> Float32Array:
         if self._mean is None:

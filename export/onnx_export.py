@@ -28,6 +28,7 @@ from .checkpoint import EMBEDDING, HEAD, Checkpoint, canonical_shapes, checkpoin
 from .checkpoint_config import read_hf_config
 from .checkpoint_files import Float32Array, is_plain_name
 from .graph import OPSET, input_shapes, output_shapes
+from .lazy_tensors import LazyTensors
 from .onnx_builder import MICROSOFT
 
 MODEL_NAMES = ("model.onnx", "onnx/model.onnx")
@@ -102,17 +103,17 @@ def read_onnx_export(folder: Path) -> OnnxExport:
     return OnnxExport(checkpoint, model, spelling, head, constants)
 
 
-class GraphTensors(Mapping[str, Float32Array]):
+class GraphTensors(LazyTensors[Float32Array]):
     """Canonical name -> array, read from the graph's initializers at the moment it is asked for."""
 
     def __init__(self, constants: Constants, config: GPT2Config, spelling: Mapping[str, str], head: Head) -> None:
+        super().__init__(canonical_shapes(config))
         self._constants = constants
-        self._shapes = canonical_shapes(config)
         self._spelling = spelling
         self._head = head
 
     def __getitem__(self, name: str) -> Float32Array:
-        if name not in self._shapes:
+        if name not in self:
             raise KeyError(name)
         if name == HEAD:
             stored = self._constants.read(self._head.initializer)
@@ -122,15 +123,6 @@ class GraphTensors(Mapping[str, Float32Array]):
         if not np.isfinite(array).all():
             raise CheckpointError(f"{self._constants.path}: {name} holds NaN or Inf; {EXPORT_AGAIN}")
         return np.ascontiguousarray(array, np.float32)
-
-    def __contains__(self, name: object) -> bool:  # Mapping's own would read the tensor
-        return name in self._shapes
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._shapes)
-
-    def __len__(self) -> int:
-        return len(self._shapes)
 
 
 class Constants:

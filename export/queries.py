@@ -5,20 +5,20 @@ softmax(s q . k) = softmax((s q) . k). s is 1/8 in all of OpenAI's sizes, a powe
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-
 import numpy as np
 
 from quantization.recipes import Tensor, times_columns
 from runtime.config import GPT2Config
 
+from .lazy_tensors import LazyTensors
 from .products import Tensors
 
 
-class ScaledQueries(Mapping[str, Tensor]):
+class ScaledQueries(LazyTensors[Tensor]):
     """The same model as `tensors`, for attention that does not scale its scores."""
 
     def __init__(self, config: GPT2Config, tensors: Tensors) -> None:
+        super().__init__(tensors)
         self._tensors = tensors
         self._factors = {}  # of the columns of c_attn: queries, keys, values
         for layer in range(config.n_layer):
@@ -30,12 +30,3 @@ class ScaledQueries(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         tensor = self._tensors[name]
         return times_columns(tensor, self._factors[name]) if name in self._factors else tensor
-
-    def __contains__(self, name: object) -> bool:  # Mapping's own would read the tensor
-        return name in self._tensors
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
