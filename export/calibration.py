@@ -1,9 +1,9 @@
 """Weights that are quantized with an eye on what they multiply: the model is run on a text, layer by layer, in float32.
 
 Each layer's inputs say how to even them out (`quantization.smooth`) and how to round its matrices
-(`quantization.gptq`). All scaling goes into the layer norms and into the matrices before, so that the graph stays that
-of the plain weights; only the embedding has to multiply by a row of scales. One layer's float32 weights stand in memory
-at a time, beside what is quantized already.
+(`quantization.gptq`). All scaling and shifting goes into the layer norms, the biases and the matrices before, so that
+the graph stays that of the plain weights; only the embedding has to multiply by a row of scales. One layer's float32
+weights stand in memory at a time, beside what is quantized already.
 
 At 4 bits the layers that are quantized already are run beside those in float32, and each matrix makes up for what they
 lost (`quantization.drift`). The table of a tied model comes first then, so that its rounding is made up for too; what
@@ -38,7 +38,7 @@ from quantization.recipes import (
     quantize_table,
     table_block_size,
 )
-from quantization.smooth import find_outliers, smoothing_factors
+from quantization.smooth import Evening, even_out, find_outliers, smoothing_factors
 from runtime.config import Activation, GPT2Config
 from runtime.errors import QuantizationError
 from runtime.package import CACHE_KINDS, CacheType
@@ -134,22 +134,23 @@ class _Calibration:
         context = attended(config, layer, qkv)
         result: Float32Array = context @ proj + proj_bias
 
-        value_factors = self._factors(context, proj)
-        weight[:, 2 * embd :] /= value_factors
-        bias[2 * embd :] /= value_factors
+        of_norm = self._evening(inputs, weight)
+        of_context = self._evening(context, proj)  # and so of values: their shares add up to 1
+        bias = of_norm.of_bias(bias, weight)
+        weight[:, 2 * embd :] /= of_context.factors
+        bias[2 * embd :] = of_context.of_inputs(bias[2 * embd :])
         if self._kv_cache == "int8":
             _, keys, values = np.split(_rows(qkv), 3, axis=-1)
-            for kind, items in zip(CACHE_KINDS, (keys, values / value_factors), strict=True):
+            for kind, items in zip(CACHE_KINDS, (keys, of_context.of_inputs(values)), strict=True):
                 self._results[cache_scale_name(layer, kind)] = cache_scale(items, self._config.n_head)
-        factors = self._factors(inputs, weight)
-        all_inputs = self._keep_norm(f"{name}.ln_1", gain / factors, shift / factors, hidden)
+        all_inputs = self._keep_norm(f"{name}.ln_1", gain, shift, of_norm, hidden)
         self._results[f"{name}.attn.c_attn.bias"] = bias
-        self._results[f"{name}.attn.c_proj.bias"] = proj_bias
-        c_attn = self._keep_matrix(f"{name}.attn.c_attn", weight * factors[:, None], all_inputs)
-        contexts = [context / value_factors]
+        proj_bias = self._results[f"{name}.attn.c_proj.bias"] = of_context.of_bias(proj_bias, proj)
+        c_attn = self._keep_matrix(f"{name}.attn.c_attn", of_norm.of_matrix(weight), all_inputs)
+        contexts = [of_context.of_inputs(context)]
         contexts += [attended(config, layer, x @ dequantized(c_attn) + bias) for x in all_inputs[1:]]
         c_proj = self._keep_matrix(
-            f"{name}.attn.c_proj", proj * value_factors[:, None], contexts, missing=_missing(hidden)
+            f"{name}.attn.c_proj", of_context.of_matrix(proj), contexts, missing=_missing(hidden)
         )
         _add(hidden, result, c_proj, contexts, proj_bias)
 
@@ -166,11 +167,11 @@ class _Calibration:
         whole = self._precision in WEIGHTS_ONLY
         outliers = np.empty(0, np.intp) if whole else find_outliers(_rows(inner))
         order = np.concatenate([np.setdiff1d(np.arange(len(proj)), outliers), outliers]).astype(np.intp)
-        factors = self._factors(inputs, weight)
-        all_inputs = self._keep_norm(f"{name}.ln_2", gain / factors, shift / factors, hidden)
-        bias = self._results[f"{name}.mlp.c_fc.bias"] = bias[order]
+        of_norm = self._evening(inputs, weight)
+        all_inputs = self._keep_norm(f"{name}.ln_2", gain, shift, of_norm, hidden)
+        bias = self._results[f"{name}.mlp.c_fc.bias"] = of_norm.of_bias(bias, weight)[order]
         self._results[f"{name}.mlp.c_proj.bias"] = proj_bias
-        c_fc = self._keep_matrix(f"{name}.mlp.c_fc", weight[:, order] * factors[:, None], all_inputs)
+        c_fc = self._keep_matrix(f"{name}.mlp.c_fc", of_norm.of_matrix(weight[:, order]), all_inputs)
         inners = [inner[..., order] if len(outliers) else inner]
         inners += [activated(x @ dequantized(c_fc) + bias, config.activation) for x in all_inputs[1:]]
         c_proj = self._keep_matrix(
@@ -193,13 +194,14 @@ class _Calibration:
         gain, shift = self._read("ln_f.weight"), self._read("ln_f.bias")
         name = EMBEDDING if self._config.tie_word_embeddings else HEAD
         table = self._read(name)
+        none = Evening.none(self._config.n_embd)
         if self._precision not in TABLE_BLOCK_SIZES:
-            self._keep_norm("ln_f", gain, shift)
+            self._keep_norm("ln_f", gain, shift, none)
             self._results[name] = table
             return
         inputs = normed(self._config, hidden, gain, shift)
         if self._precision in WEIGHTS_ONLY:
-            self._keep_norm("ln_f", gain, shift)
+            self._keep_norm("ln_f", gain, shift, none)
             self._results[name] = TokenTable(quantize_table(table, self._precision, _hessian(inputs)))
             return
         factors = smoothing_factors(
@@ -208,14 +210,18 @@ class _Calibration:
             highest=HIGHEST_CODE[self._precision],
             group=table_block_size(self._config.n_embd, self._precision),
         )
-        self._keep_norm("ln_f", gain / factors, shift / factors)
+        # no centre: a head has no bias that could make up for it
+        self._keep_norm("ln_f", gain, shift, replace(none, factors=factors))
         blocks = quantize_table(table * factors, self._precision, _hessian(inputs / factors))
         self._results[name] = TokenTable(blocks, np.float32(1) / factors)
 
     # --- results ---------------------------------------------------------------------------------------------
 
-    def _keep_norm(self, name: str, gain: Float32Array, shift: Float32Array, hidden: Streams | None = None) -> Streams:
-        """Keep a layer norm; what it makes of the hidden state."""
+    def _keep_norm(
+        self, name: str, gain: Float32Array, shift: Float32Array, evening: Evening, hidden: Streams | None = None
+    ) -> Streams:
+        """Keep a layer norm whose output is evened out; what it makes of the hidden state."""
+        gain, shift = gain / evening.factors, evening.of_inputs(shift)
         self._results[f"{name}.weight"], self._results[f"{name}.bias"] = gain, shift
         return [normed(self._config, stream, gain, shift) for stream in hidden or []]
 
@@ -249,11 +255,11 @@ class _Calibration:
         self._done += parameters
         self._progress(self._done, self._total)
 
-    def _factors(self, inputs: Float32Array, weight: Float32Array) -> Float32Array:
+    def _evening(self, inputs: Float32Array, weight: Float32Array) -> Evening:
         if self._precision in WEIGHTS_ONLY:  # what multiplies the weights is not rounded
-            return np.ones(len(weight), np.float32)
+            return Evening.none(len(weight))
         group = matrix_group(len(weight), self._precision)
-        return smoothing_factors(_rows(inputs), weight, highest=HIGHEST_CODE[self._precision], group=group)
+        return even_out(_rows(inputs), weight, highest=HIGHEST_CODE[self._precision], group=group)
 
     def _read(self, name: str) -> Float32Array:
         """A tensor, as an array of our own."""

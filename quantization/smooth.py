@@ -1,12 +1,16 @@
-"""Scales that even out a matrix's inputs, so that one scale for a row of them is not spent on a few large channels.
+"""Inputs of a matrix made even, so that the steps that they are rounded to are not spent on what a few channels hold.
 
-(x / s) @ (s * w) = x @ w for any s > 0, a factor for each input channel; the division goes into whatever makes x. And
-inputs that no scale can even out are set apart, to be multiplied in float32.
+(x - c) / s @ (s * w) + c @ w = x @ w for any c, and any s > 0, a number for each input channel. What makes x subtracts
+and divides, the rest goes into the matrix and its bias. Inputs that no scale can even out are set apart, to be
+multiplied in float32.
 
-Sources: Xiao et al., "SmoothQuant" (2022), equation 4; Dettmers et al., "LLM.int8()" (2022), section 3.2.
+Sources: Xiao et al., "SmoothQuant" (2022), equation 4; Wei et al., "Outlier Suppression+" (2023), section 3, for the
+shift; Dettmers et al., "LLM.int8()" (2022), section 3.2.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +32,38 @@ OUTLIERS = (4, 8, 16)
 
 OUTLIERS_WORTH = 8.0
 """Inputs are set apart where the noise of the others falls to one part in this many."""
+
+
+@dataclass(frozen=True, slots=True)
+class Evening:
+    """What is done to the inputs x of a matrix: x' = (x - centre) / factors."""
+
+    centre: Float32Array  # [K]
+    factors: Float32Array  # [K]
+
+    @classmethod
+    def none(cls, n_channels: int) -> Evening:
+        return cls(np.zeros(n_channels, np.float32), np.ones(n_channels, np.float32))
+
+    def of_inputs(self, inputs: Float32Array) -> Float32Array:
+        """x' [..., K]."""
+        result: Float32Array = (inputs - self.centre) / self.factors
+        return result
+
+    def of_matrix(self, weight: Float32Array) -> Float32Array:
+        """What multiplies x' [K, N]."""
+        return weight * self.factors[:, None]
+
+    def of_bias(self, bias: Float32Array, weight: Float32Array) -> Float32Array:
+        """What is added to that product [N]; `weight` is the matrix as it was."""
+        result: Float32Array = bias + self.centre @ weight
+        return result
+
+
+def even_out(inputs: Float32Array, weight: Float32Array, *, highest: int, group: int) -> Evening:
+    """The mean of each channel taken away, and the factors of `smoothing_factors` for the rest; arguments as there."""
+    centre = inputs.mean(axis=0)
+    return Evening(centre, smoothing_factors(inputs - centre, weight, highest=highest, group=group))
 
 
 def smoothing_factors(inputs: Float32Array, weight: Float32Array, *, highest: int, group: int) -> Float32Array:

@@ -120,6 +120,26 @@ def test_scaling_leaves_the_function_alone(
     np.testing.assert_allclose(np.concatenate(after), np.concatenate(before), rtol=0, atol=SAME_FUNCTION)
 
 
+@pytest.mark.parametrize("precision", sorted(set(get_args(Quantized)) - set(WEIGHTS_ONLY)))
+def test_no_mean_is_rounded(monkeypatch: pytest.MonkeyPatch, precision: Quantized) -> None:
+    """Of the inputs of each matrix but the second of the two behind the activation."""
+    config, weights, means = replace(UNTIED, n_layer=1), tiny_weights(UNTIED), list[Float32Array]()
+    weights["h.0.ln_1.bias"] += 3
+    weights["h.0.ln_2.bias"] += 3
+    weights["h.0.attn.c_attn.bias"] += 3
+    hessian = calibration._hessian
+
+    def watched(inputs: Float32Array) -> Float32Array:
+        means.append(inputs.reshape(-1, inputs.shape[-1]).mean(axis=0))
+        return hessian(inputs)
+
+    monkeypatch.setattr(calibration, "_hessian", watched)
+    Unrounded(monkeypatch)  # what a quantized layer hands on has a mean of its own
+    calibrate(config, weights, token_ids(config), precision)
+    for mean in means[:3]:  # of c_attn, attention's c_proj, c_fc
+        assert np.abs(mean).max() <= 1e-5
+
+
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 def test_outliers_are_set_apart_and_change_nothing(monkeypatch: pytest.MonkeyPatch, precision: Quantized) -> None:
     config, weights = plant_activation_outliers(UNTIED, tiny_weights(UNTIED))
@@ -242,10 +262,13 @@ def test_a_tensor_that_is_not_finite_is_refused_by_name(name: str, value: float)
         calibrate(config, weights, token_ids(config), "int4")
 
 
-def test_a_model_that_overflows_is_refused() -> None:
+@pytest.mark.parametrize(
+    "overflowing", [("mlp.c_fc", "mlp.c_proj"), ("attn.c_attn", "attn.c_proj")], ids=["two layers", "attention"]
+)
+def test_a_model_that_overflows_is_refused(overflowing: tuple[str, ...]) -> None:
     config, weights = tiny_config(), tiny_weights(tiny_config())
-    weights["h.0.mlp.c_fc.weight"] *= np.float32(1e30)
-    weights["h.0.mlp.c_proj.weight"] *= np.float32(1e30)
+    for name in overflowing:
+        weights[f"h.0.{name}.weight"] *= np.float32(1e30)
     with pytest.raises(QuantizationError, match="inputs that are not finite"):
         calibrate(config, weights, token_ids(config), "int8")
 

@@ -7,7 +7,7 @@ import pytest
 from numpy.typing import NDArray
 
 from quantization.int8 import INT8_MAX
-from quantization.smooth import OUTLIERS, find_outliers, smoothing_factors
+from quantization.smooth import OUTLIERS, Evening, even_out, find_outliers, smoothing_factors
 
 T, K, N = 400, 64, 48
 
@@ -75,6 +75,31 @@ def test_dead_channels_and_zero_rows_get_finite_factors(group: int) -> None:
     assert (factors > 0).all()
     zeros = smoothing_factors(np.zeros_like(inputs), np.zeros_like(weight), highest=8, group=group)
     assert (zeros == 1).all()
+
+
+# The evening: factors, and a centre
+
+
+def evening_of(inputs: Float32Array, weight: Float32Array) -> Evening:
+    return even_out(inputs, weight, highest=INT8_MAX, group=len(weight))
+
+
+def test_matrix_and_bias_make_up_for_what_the_inputs_lose() -> None:
+    inputs, weight = inputs_and_weight()
+    inputs[:, :3] = 40 * inputs[:, :3] + 100
+    bias = weight[0]
+    even = evening_of(inputs, weight)
+    product = even.of_inputs(inputs) @ even.of_matrix(weight) + even.of_bias(bias, weight)
+    np.testing.assert_allclose(product, inputs @ weight + bias, rtol=0, atol=2e-3)
+
+
+def test_means_cost_no_steps() -> None:
+    """Channels that differ in their means only are as even as if they had none."""
+    inputs, weight = inputs_and_weight()
+    apart = inputs + 100 * np.arange(K, dtype=np.float32)
+    plain, even = evening_of(inputs, weight), evening_of(apart, weight)
+    np.testing.assert_allclose(even.factors, plain.factors, rtol=1e-3)
+    np.testing.assert_allclose(even.of_inputs(apart), plain.of_inputs(inputs), rtol=0, atol=1e-2)
 
 
 @pytest.mark.parametrize("count", [1, 3, 4, 7])
