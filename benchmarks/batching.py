@@ -7,8 +7,9 @@ speedup      tokens/s of steady decoding with all rows going, over those of one 
              what a row reads of its own, its keys and values, a batch does not share. The bar is for the shortest
              prompts.
 many         the time of generate_many over requests of mixed lengths, over (the sum of their prompts' times, each run
-             alone, + the tokens behind the first ones at the batch's steady speed). Above 1 stand the steps at the end
-             that fewer rows share, rows that are moved, and all else that a loop adds.
+             alone, + the tokens behind the first ones at the batch's steady speed, behind as many others as they have
+             before them on average). Above 1 stand the steps at the end that fewer rows share, rows that are moved, and
+             all else that a loop adds.
 Both are ratios of times of the same round, since a shared machine's speed moves between rounds; told are the median,
 the least and the most. Times are medians over the rounds. Greedy, end-of-text forbidden; the requests' prompts are of
 136 tokens on average. Exit status 3 if a bar that was given is missed.
@@ -55,7 +56,7 @@ class Result:
 
     batch: int
     requests: int
-    speeds: list[Speed]  # of each length that was asked for, then of the requests' mean
+    speeds: list[Speed]  # of each length that was asked for, then of the one that stands for the requests
     prefills_ms: float
     steady_ms: float
     many_ms: float
@@ -64,6 +65,17 @@ class Result:
 
 def random_prompts(generator: TextGenerator, lengths: list[int], rng: np.random.Generator) -> list[NDArray[np.int64]]:
     return [rng.integers(0, generator.tokenizer.n_vocab - 1, length) for length in lengths]
+
+
+def like_requests(prompts: list[NDArray[np.int64]], new_tokens: list[int]) -> int:
+    """The length of prompt behind which steady decoding has as many tokens before it as the requests' steps have.
+
+    A text that is long has more steps, and the later ones have more before them: more than its prompt and half of it.
+    """
+    places = [
+        np.arange(len(prompt), len(prompt) + count - 1) for prompt, count in zip(prompts, new_tokens, strict=True)
+    ]
+    return round(float(np.concatenate(places).mean()) - np.arange(STEADY_TOKENS - 1).mean())
 
 
 def steady_step_ms(generator: TextGenerator, prompts: list[NDArray[np.int64]]) -> float:
@@ -100,7 +112,7 @@ def measure(options: argparse.Namespace) -> Result:
         Request(prompt, max_new_tokens=count, min_new_tokens=count, sampling=GREEDY)
         for prompt, count in zip(prompts, new_tokens, strict=True)
     ]
-    lengths = [*options.prompt_tokens, int(np.mean([len(prompt) for prompt in prompts]))]
+    lengths = [*options.prompt_tokens, like_requests(prompts, new_tokens)]
     steady = [random_prompts(generator, [length] * options.batch, rng) for length in lengths]
     shared_tokens = sum(new_tokens) - options.requests
     rounds = []

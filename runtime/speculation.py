@@ -183,20 +183,21 @@ class Speculation:
         if self._pace.exact:
             room -= 1  # no token has another beside it in the context's last place: none may come there as a guess
         draft = self._draft
-        plan = self._pace.plan(kind, min(most - 1, room), draft.expected_ms, catch_up_ms=draft.catch_up_ms(ids))
+        plan = self._pace.plan(kind, min(most - 1, room), draft.expected_ms, catch_up_ms=lambda: draft.catch_up_ms(ids))
         return kind, plan
 
     def _guess(self, ids: Sequence[int], kind: int | None, plan: Plan) -> list[int]:
         """Guesses to run. Where there are to be none, the draft may still be asked, to see whether it is right."""
-        if self._draft is None or kind is None:
+        draft = self._draft
+        if draft is None or kind is None:
             return []
         if plan.guesses:
             self._watch = None
-            return self._draft.propose(ids, plan.guesses)
-        if self._watch is None:
-            ms = self._draft.expected_ms(WATCHED_TOKENS) + self._draft.catch_up_ms(ids)
-            if self._pace.may_watch(ms):
-                self._watch = _Watch(kind, self._draft.propose(ids, WATCHED_TOKENS))
+            return draft.propose(ids, plan.guesses)
+        if self._watch is None and self._pace.may_watch(
+            draft.expected_ms(WATCHED_TOKENS), catch_up_ms=lambda: draft.catch_up_ms(ids)
+        ):
+            self._watch = _Watch(kind, draft.propose(ids, WATCHED_TOKENS))
         return []
 
     def _run(self, last: int, guesses: list[int]) -> NDArray[np.float32]:

@@ -7,6 +7,7 @@ import pytest
 from runtime.draft_pace import (
     COST_SLOPE,
     MAX_DRAFT_TOKENS,
+    PAUSE_RUNS,
     REFRESH_RUNS,
     RUN_TOKENS,
     Acceptance,
@@ -200,7 +201,7 @@ def test_catching_up_is_an_outlay_that_must_come_back() -> None:
     pace = settled(Pace())
     for accepted in (0, 1, 2, 3, 4) * 4:
         pace.watched(0, accepted, tried=4)
-    planned = {most: pace.plan(0, most, lambda _: 0.0, catch_up_ms=200).guesses for most in (6, 100)}
+    planned = {most: pace.plan(0, most, lambda _: 0.0, catch_up_ms=lambda: 200.0).guesses for most in (6, 100)}
     assert planned == {6: 0, 100: guesses(pace)}
 
 
@@ -271,6 +272,34 @@ def test_a_fixed_length_is_kept_whatever_comes_of_it() -> None:
     for _ in range(20):
         pace.ran(0, Outcome(guesses=5, tried=5, accepted=0, tokens=1, draft_ms=500, run_ms=50, other_ms=0))
     assert guesses(pace) == 5
+
+
+def test_guesses_that_do_not_pay_are_seldom_weighed() -> None:
+    pace, asked = settled(Pace()), []
+    for _ in range(30):
+        pace.watched(0, 0, tried=4)
+
+    def draft_ms(count: int) -> float:
+        asked.append(count)
+        return 0.0
+
+    def catch_up_ms() -> float:
+        raise AssertionError("nothing would be guessed")
+
+    for _ in range(10 * (PAUSE_RUNS + 1)):
+        assert pace.plan(0, 100, draft_ms, catch_up_ms=catch_up_ms).guesses == 0
+        pace.ran(0, outcome(pace))
+    assert len(asked) == 10 * len(RUN_TOKENS)
+
+
+def test_what_is_learned_of_guesses_counts_at_once() -> None:
+    pace = settled(Pace())
+    for _ in range(30):
+        pace.watched(0, 0, tried=4)
+    assert guesses(pace) == 0
+    for _ in range(30):
+        pace.watched(0, 4, tried=4)
+    assert guesses(pace) > 4
 
 
 def test_a_plan_says_what_to_expect() -> None:
