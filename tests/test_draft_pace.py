@@ -267,6 +267,17 @@ def test_in_exact_mode_a_first_guess_is_free() -> None:
     assert (guesses(exact), guesses(default)) == (1, 0)
 
 
+def test_in_exact_mode_a_run_with_a_guess_says_nothing_of_plain_ones() -> None:
+    """As large a piece takes longer behind a draft's run: two tokens in 100 ms are no win where plain ones take 45."""
+    pace = Pace(exact=True)
+    for _ in range(500):
+        pace.ran(None, outcome(pace))
+    for _ in range(20):
+        pace.ran(0, Outcome(guesses=1, tried=1, accepted=1, tokens=2, draft_ms=30, run_ms=70, other_ms=0))
+    assert guesses(pace, most=1, draft_ms=30) == 0
+    assert pace.plan(None, 0, lambda _: 0.0).ms == pytest.approx(RUN_MS[2])
+
+
 def test_a_fixed_length_is_kept_whatever_comes_of_it() -> None:
     pace = settled(Pace(draft_tokens=5))
     for _ in range(20):
