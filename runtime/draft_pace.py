@@ -131,9 +131,13 @@ class RunCosts:
 
 
 class Acceptance:
-    """How often the 1st, 2nd ... guess of a draft was right where all before it were."""
+    """How often the 1st, 2nd ... guess of a draft was right where all before it were.
+
+    `pause` counts the runs for which they are not weighed again; it ends when something is learned.
+    """
 
     def __init__(self) -> None:
+        self.pause = 0
         self._tries = [0.0] * MAX_DRAFT_TOKENS
         self._hits = [0.0] * MAX_DRAFT_TOKENS
         self._expected: list[float] = []
@@ -144,6 +148,7 @@ class Acceptance:
             self._tries[place] = MEMORY * self._tries[place] + 1
             self._hits[place] = MEMORY * self._hits[place] + (place < accepted)
         self._expected = []
+        self.pause = 0
 
     def expected_tokens(self, guesses: int) -> float:
         """Tokens that a run with so many guesses gives: 1 + p1 + p1 p2 + ...
@@ -193,7 +198,6 @@ class Pace:
         self._ahead = 0.0  # plain steps won by guessing; lost, where negative
         self._unwatched = 0  # runs since guesses were last compared
         self._unrefreshed = 0  # runs with guesses since the last without
-        self._pauses: dict[int, int] = {}  # runs for which a kind of guess is not weighed
         self._lock = Lock()
 
     def run_size(self, guesses: int) -> int:
@@ -223,26 +227,29 @@ class Pace:
         with self._lock:
             guesses = 0
             if kind is not None and most > 0:
-                guesses = min(most, self._draft_tokens or self._best(kind, most, draft_ms, catch_up_ms))
+                guesses = min(
+                    most, self._draft_tokens or self._best(self._acceptance[kind], most, draft_ms, catch_up_ms)
+                )
             tokens = self._acceptance[kind].expected_tokens(guesses) if kind is not None else 1.0
             if not self._costs.settled(PLAIN):
                 return Plan(guesses, tokens, None)
             ms = self._costs.ms(self._counts_as(guesses)) + tokens * self._token_ms
             return Plan(guesses, tokens, ms + draft_ms(guesses) + catch_up_ms() if guesses else ms)
 
-    def _best(self, kind: int, most: int, draft_ms: Callable[[int], float], catch_up_ms: Callable[[], float]) -> int:
+    def _best(
+        self, acceptance: Acceptance, most: int, draft_ms: Callable[[int], float], catch_up_ms: Callable[[], float]
+    ) -> int:
         """The number of guesses with the most tokens a millisecond; none where catching up is never made good."""
         if not self._costs.settled(PLAIN) or self._unrefreshed >= REFRESH_RUNS:
             return 0
-        if self._pauses.get(kind):
-            self._pauses[kind] -= 1
+        if acceptance.pause:
+            acceptance.pause -= 1
             return 0
-        acceptance = self._acceptance[kind]
         plain_ms = self._costs.ms(PLAIN)
         most_ms = plain_ms * (1 + HEAD_START + TOLERANCE * self._steps + self._ahead)
         best, best_rate, outlay_ms = 0, 1 / plain_ms, None
         for size in RUN_TOKENS:
-            if size > most + 1 or size > 2 * self._costs.largest:  # what it takes is hardly known
+            if size > most + 1 or size > 2 * self._costs.largest:  # no room, or its time is hardly known
                 break
             ms = self._costs.ms(size) + draft_ms(size - 1)
             rate = acceptance.expected_tokens(size - 1) / ms
@@ -255,7 +262,7 @@ class Pace:
             if (plain_ms - 1 / rate) * most >= outlay_ms:
                 best, best_rate = size - 1, rate
         if outlay_ms is None:
-            self._pauses[kind] = PAUSE_RUNS
+            acceptance.pause = PAUSE_RUNS
         return best
 
     def ran(self, kind: int | None, outcome: Outcome) -> None:
@@ -263,7 +270,7 @@ class Pace:
         with self._lock:
             self._costs.observe(self._counts_as(outcome.guesses), outcome.run_ms)
             if outcome.guesses and kind is not None:
-                self._learn(kind, outcome.accepted, outcome.tried)
+                self._acceptance[kind].observe(outcome.accepted, tried=outcome.tried)
             token_ms = outcome.other_ms / outcome.tokens
             self._token_ms += (RECENT if self._steps else 1.0) * (token_ms - self._token_ms)
             self._unwatched += 1
@@ -288,11 +295,7 @@ class Pace:
     def watched(self, kind: int, accepted: int, *, tried: int) -> None:
         """Learn from guesses that were only compared with what plain steps gave."""
         with self._lock:
-            self._learn(kind, accepted, tried)
-
-    def _learn(self, kind: int, accepted: int, tried: int) -> None:
-        self._acceptance[kind].observe(accepted, tried=tried)
-        self._pauses[kind] = 0
+            self._acceptance[kind].observe(accepted, tried=tried)
 
 
 @dataclass(frozen=True, slots=True)
